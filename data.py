@@ -1,0 +1,602 @@
+"""Data of MKDT: images as one uint8 tensor on the device, normalised and augmented there in whole batches.
+
+    load_dataset            a data set by name (cifar10, cifar100, tinyimagenet, shapes), from a folder, or from .npz
+    Dataset.batch           uint8 -> normalised float images, on the device
+    two_views               the augmentations A of Eq. 1, with its own parameters for every image
+    write_file, save, load  files that are either whole or not there
+
+Cache format, for every data set: <data-dir>/<name>.npz with uint8 train_images, test_images [N, H, W, 3] and int64
+train_labels, test_labels [N] (-1 where there are none). Put such a file there and nothing is downloaded.
+"""
+import hashlib
+import json
+import math
+import os
+import random
+import tempfile
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+# Channel means and standard deviations in [0, 1]. Those of the authors' code: the pixel learning rates of Table 8 are
+# in units of these deviations. Any other data set is normalised with its own training statistics.
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
+    "tinyimagenet": IMAGENET,
+}
+TINYIMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
+
+
+class InputError(ValueError):
+    """Something a user can put right: a file, a flag, a value. Its message is one line and says how."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files and progress
+# ---------------------------------------------------------------------------------------------------------------------
+def write_file(path, write):
+    """Writes `path` through write(file): beside it first, flushed to disk, then renamed, so that it is never half."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(beside, 0o666 & ~UMASK)
+        os.replace(beside, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; earlier files are untouched") from error
+    finally:
+        Path(beside).unlink(missing_ok=True)
+
+
+UMASK = os.umask(0o022)                         # mkstemp makes private files; the umask can only be read by setting it
+os.umask(UMASK)
+
+
+def save(path, value):
+    """torch.save of tensors, numbers, strings, lists and dicts, by way of `write_file`."""
+    write_file(path, lambda file: torch.save(value, file))
+
+
+def save_json(path, value):
+    """JSON with an indent of two, by way of `write_file`."""
+    write_file(path, lambda file: file.write((json.dumps(value, indent=2) + "\n").encode()))
+
+
+def read_json(path):
+    """The value in a JSON file; InputError if there is none."""
+    try:
+        return json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except ValueError as error:
+        raise InputError(f"{path} is not valid JSON ({error})") from None
+
+
+def fingerprint(*values):
+    """Eight hexadecimal digits that change with any of `values`: tensors by their content, files (Path) likewise."""
+    digest = hashlib.sha256()
+    for value in values:
+        if torch.is_tensor(value):
+            digest.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
+        elif isinstance(value, Path):
+            try:
+                digest.update(value.read_bytes())
+            except OSError as error:
+                raise InputError(f"cannot read {value}: {error.strerror}") from None
+        else:
+            digest.update(repr(value).encode())
+    return digest.hexdigest()[:8]
+
+
+def load(path, **options):
+    """torch.load of plain data (weights_only) after the zip container's checksums are verified.
+
+    Raises InputError, naming the file, if it is missing, truncated, altered or holds anything but plain data.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()                     # torch.load itself does not notice a flipped byte
+        if damaged:
+            raise InputError(f"{path} is damaged ({damaged} fails its checksum): delete it and run the stage again")
+        return torch.load(path, map_location="cpu", weights_only=True, **options)
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except InputError:
+        raise
+    except Exception as error:                              # pickle, zip and torch each have a family of their own
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"{path} cannot be read as a torch file of plain data: {first_line}") from error
+
+
+class Checkpoint:
+    """The state of a loop in one file, written every so many minutes: tensors, and anything with a state_dict()."""
+
+    def __init__(self, path, minutes=5.0):
+        self.path, self.seconds = Path(path), 60 * minutes
+        self.last = time.monotonic()
+
+    def due(self):
+        return time.monotonic() - self.last >= self.seconds
+
+    def save(self, step, **parts):
+        """Writes `parts` after `step` steps."""
+        save(self.path, {"step": step, **{k: p if torch.is_tensor(p) else p.state_dict() for k, p in parts.items()}})
+        self.last = time.monotonic()
+
+    def restore(self, **parts):
+        """Puts the saved values into `parts` and returns the step; 0, and nothing changed, if there is no file."""
+        if not self.path.exists():
+            return 0
+        saved = load(self.path)
+        for name, part in parts.items():
+            part.copy_(saved[name]) if torch.is_tensor(part) else part.load_state_dict(saved[name])
+        print(f"resuming from {self.path} at step {saved['step']}", flush=True)
+        return saved["step"]
+
+    def remove(self):
+        self.path.unlink(missing_ok=True)
+
+
+class Log:
+    """Progress on the screen, a line an interval, and the same as JSON lines in `path` (if one is given)."""
+
+    def __init__(self, path=None, interval=10.0):
+        self.path, self.interval = path, interval
+        self.start()
+
+    def start(self, done=0):
+        """Begins timing a loop of which `done` steps were done before (resumed)."""
+        self.began = self.last = time.monotonic()
+        self.first = done
+
+    def due(self):
+        """True once an interval: only then are losses read from the device."""
+        return time.monotonic() - self.last >= self.interval
+
+    def __call__(self, stage, step, total, unit="it", **values):
+        """Prints `stage step/total`, the values, the rate and the time left."""
+        self.last = time.monotonic()
+        rate = (step - self.first) / max(self.last - self.began, 1e-9)
+        left = duration((total - step) / rate) if rate > 0 else "?"
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        speed = f"{rate:.3g} {unit}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.3g} s/{unit}"
+        print(f"{stage:<8} {step:>6}/{total}  {shown}  {speed}  {left} left", flush=True)
+        self.write({"stage": stage, "step": step, "total": total, **values, "rate": rate})
+
+    def write(self, record):
+        """Appends one record to the log file."""
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+
+
+def duration(seconds):
+    """Seconds as 45s, 12m, 3.4h or 2.1d."""
+    for limit, unit, size in ((99, "s", 1), (5999, "m", 60), (172800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.{1 if unit == 'h' else 0}f}{unit}"
+    return f"{seconds / 86400:.1f}d"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A data set
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Dataset:
+    """Images uint8 [N, 3, H, W] (stored channels last), labels int64 [N] (-1: unknown), and their normalisation."""
+    name: str
+    train_images: torch.Tensor
+    train_labels: torch.Tensor
+    test_images: torch.Tensor
+    test_labels: torch.Tensor
+    mean: tuple
+    std: tuple
+
+    @property
+    def image_size(self):
+        return self.train_images.shape[-1]
+
+    @property
+    def labelled(self):
+        """True if both splits have images and every label is known, so that the data set can be probed."""
+        return all(len(labels) and int(labels.min()) >= 0 for labels in (self.train_labels, self.test_labels))
+
+    def batch(self, images):
+        """uint8 [B, 3, H, W] -> normalised float32, in channels-last memory."""
+        return normalize(images.float() / 255, self.mean, self.std)
+
+
+def normalize(images, mean, std):
+    """(images - mean) / std per channel, for images [B, 3, H, W] in [0, 1]."""
+    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
+    return (images - mean) / std
+
+
+def denormalize(images, mean, std):
+    """The inverse of `normalize`, clipped to [0, 1]."""
+    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
+    return (images * std + mean).clamp(0, 1)
+
+
+def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images=0):
+    """The data set called `name`, as tensors on `device`.
+
+    name: cifar10, cifar100, tinyimagenet, shapes; or the path of a folder with train/ and test/ inside; or of a .npz.
+    image_size: side to which a folder's images are squashed (32 if 0 or None); data sets by name and .npz files have
+        their own size and refuse another.
+    train_images: only the first so many of the training images, 0 for all.
+    Raises InputError if the data cannot be had.
+    """
+    path = Path(name)
+    if name in BUILDERS:
+        cache = Path(data_dir) / f"{name}.npz"
+        arrays = read_npz(cache) if cache.exists() else cached(cache, lambda: BUILDERS[name](Path(data_dir)))
+    elif path.suffix == ".npz":
+        arrays = read_npz(path)
+    elif path.is_dir():
+        size = image_size or 32
+        listing = hashlib.sha256(repr(_listing(path)).encode()).hexdigest()[:8]     # a changed folder is read again
+        cache = Path(data_dir) / f"{path.resolve().name}-{size}px-{listing}.npz"
+        arrays = read_npz(cache) if cache.exists() else cached(cache, lambda: read_folder(path, size))
+    else:
+        raise InputError(f"unknown data set {name!r}: give one of {', '.join(BUILDERS)}, the path of a folder with "
+                         "train/ (and test/) inside, or of an .npz file")
+    size = arrays["train_images"].shape[1]
+    if image_size and image_size != size:
+        raise InputError(f"{name} has {size}-pixel images, not --image-size {image_size}: leave the flag out")
+    if name in STATISTICS:
+        mean, std = STATISTICS[name]
+    else:
+        pixels = arrays["train_images"].reshape(-1, 3)
+        mean = tuple(float(m) / 255 for m in pixels.mean(axis=0, dtype=np.float64))
+        std = tuple(max(float(s) / 255, 1e-3) for s in pixels.std(axis=0, dtype=np.float64))
+    for key in ("train_images", "train_labels") if train_images else ():
+        arrays[key] = arrays[key][:train_images]
+    images = {k: torch.from_numpy(arrays[k]).to(device).permute(0, 3, 1, 2) for k in ("train_images", "test_images")}
+    labels = {k: torch.from_numpy(arrays[k]).to(device) for k in ("train_labels", "test_labels")}
+    return Dataset(path.stem if path.suffix == ".npz" else path.name, mean=mean, std=std, **images, **labels)
+
+
+def cached(path, make):
+    """make()'s arrays, checked and written once to the .npz `path`."""
+    arrays = make()
+    check_arrays(arrays, path)
+    write_file(path, lambda file: np.savez(file, **arrays))
+    return arrays
+
+
+def read_npz(path):
+    """The four arrays of an .npz cache; absent labels and an absent test split are filled in (-1, empty)."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {k: file[k] for k in file.files if k in
+                      ("train_images", "test_images", "train_labels", "test_labels")}
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist") from None
+    except Exception as error:                                       # zip, zlib, pickle, struct: a damaged file
+        raise InputError(f"{path} is not a readable .npz ({error}): delete it to have it made again, or replace it "
+                         "(--dataset shapes needs no file)") from error
+    if "train_images" not in arrays:
+        raise InputError(f"{path} has no array train_images (uint8 [N, H, W, 3])")
+    arrays.setdefault("test_images", arrays["train_images"][:0])
+    for split in ("train", "test"):
+        arrays.setdefault(f"{split}_labels", np.full(len(arrays[f"{split}_images"]), -1, np.int64))
+    check_arrays(arrays, path)
+    return arrays
+
+
+def check_arrays(arrays, path):
+    """Raises InputError unless the four arrays have the cache format's types and shapes."""
+    for split in ("train", "test"):
+        images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
+        if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or images.shape[1] != images.shape[2]:
+            raise InputError(f"{path}: {split}_images must be uint8 [N, H, H, 3], "
+                             f"not {images.dtype} {list(images.shape)}")
+        if images.shape[1] < 8:
+            raise InputError(f"{path}: {split}_images are {images.shape[1]} pixels wide: at least 8 are needed")
+        if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu":
+            raise InputError(f"{path}: {split}_labels must be {len(images)} integers, "
+                             f"not {labels.dtype} {list(labels.shape)}")
+        arrays[f"{split}_labels"] = labels.astype(np.int64)
+    if len(arrays["train_images"]) < 2:
+        raise InputError(f"{path}: {len(arrays['train_images'])} training images: at least 2 are needed")
+    if len(arrays["test_images"]) and arrays["test_images"].shape[1:] != arrays["train_images"].shape[1:]:
+        raise InputError(f"{path}: train_images and test_images differ in size")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the named data sets come from
+# ---------------------------------------------------------------------------------------------------------------------
+def _fetch_failed(name, data_dir, error, what):
+    return InputError(f"cannot fetch {name} ({error}): put {what} into {data_dir}/ (or {name}.npz; README, 'Data'); "
+                      "--dataset shapes needs no file")
+
+
+def _cifar(name, data_dir):
+    make = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+    try:
+        splits = {split: make(data_dir, train=split == "train", download=True) for split in ("train", "test")}
+    except Exception as error:                              # no network, a broken archive, a folder without the right
+        raise _fetch_failed(name, data_dir, error, make.filename) from error
+    return {**{f"{s}_images": d.data for s, d in splits.items()},
+            **{f"{s}_labels": np.array(d.targets, np.int64) for s, d in splits.items()}}
+
+
+def _tinyimagenet(data_dir):
+    """Official layout: train/<wnid>/images/*.JPEG; val/images with val/val_annotations.txt, which is the test split."""
+    root, (url, md5) = data_dir / "tiny-imagenet-200", TINYIMAGENET
+    if not root.is_dir():
+        try:
+            torchvision.datasets.utils.download_and_extract_archive(url, data_dir, md5=md5)
+        except Exception as error:
+            raise _fetch_failed("tinyimagenet", data_dir, error, url.rsplit("/", 1)[1]) from error
+    annotations = root / "val" / "val_annotations.txt"
+    try:
+        wnids = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+        val = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+    except OSError as error:
+        raise InputError(f"{error.filename} is missing: {root} is not the official TinyImageNet folder; delete it to "
+                         "have it fetched again") from error
+    train = [(p, i) for i, w in enumerate(wnids) for p in sorted((root / "train" / w / "images").iterdir())]
+    test = [(root / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]
+    return _decode({"train": train, "test": test}, 64)
+
+
+def _listing(folder):
+    """Every file below `folder` with its size and time of change, sorted."""
+    return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
+            for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def read_folder(folder, size):
+    """The four arrays from train/<class>/* and test/<class>/* (or train/* without classes), in sorted order."""
+    if not (folder / "train").is_dir():
+        raise InputError(f"{folder} has no folder train/: expected train/<class>/* (and test/<class>/*), or train/*")
+    classes = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
+    splits = {}
+    for split in ("train", "test"):
+        root, found = folder / split, []
+        for i, name in enumerate(classes) if classes else [(-1, "")]:
+            if (root / name).is_dir():
+                found += [(p, i) for p in sorted((root / name).iterdir()) if p.suffix.lower() in SUFFIXES]
+        splits[split] = found
+    if not splits["train"]:
+        raise InputError(f"{folder / 'train'} holds no images ({', '.join(sorted(SUFFIXES))})")
+    return _decode(splits, size)
+
+
+def _decode(splits, size):
+    """{split: [(path, label), ...]} -> the four arrays: RGB, squashed to `size` with Lanczos, by several threads."""
+    def decode(path):
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+        except Exception as error:                          # PIL raises almost anything on a damaged file
+            raise InputError(f"cannot read the image {path} ({error}): repair or remove it") from error
+
+    arrays = {}
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        for split, files in splits.items():
+            images = np.empty((len(files), size, size, 3), np.uint8)
+            log = Log(interval=5)
+            for i, image in enumerate(pool.map(decode, [path for path, _ in files])):
+                images[i] = image
+                if log.due():
+                    log("decode", i + 1, len(files), unit="images", split=split)
+            arrays[f"{split}_images"] = images
+            arrays[f"{split}_labels"] = np.array([label for _, label in files], np.int64).reshape(-1)
+    return arrays
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# shapes: the embedded data set
+# ---------------------------------------------------------------------------------------------------------------------
+SHAPES = ("disc", "ring", "square", "frame", "triangle", "cross", "star", "crescent", "hourglass", "dumbbell")
+
+
+def _shape_distance(kind, x, y):
+    """Signed distance (negative inside, in units of the shape's radius) at points x, y of one form of SHAPES."""
+    def polygon(corners, phase=0.0):                                       # regular, circumscribed radius 1
+        angle = np.mod(np.arctan2(y, x) - phase, 2 * np.pi / corners) - np.pi / corners
+        return np.hypot(x, y) * np.cos(angle) - np.cos(np.pi / corners)
+
+    r, square = np.hypot(x, y), np.maximum(np.abs(x), np.abs(y))
+    if kind == "disc":
+        return r - 0.85
+    if kind == "ring":
+        return np.abs(r - 0.75) - 0.2
+    if kind == "square":
+        return square - 0.75
+    if kind == "frame":
+        return np.abs(square - 0.68) - 0.18
+    if kind == "triangle":
+        return polygon(3)
+    if kind == "cross":
+        return np.minimum(np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.95), np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.27))
+    if kind == "star":
+        angle = np.abs(np.mod(np.arctan2(y, x), 2 * np.pi / 5) - np.pi / 5)     # 0 in a notch, pi/5 on a tip
+        return r - (0.42 + 0.58 * (angle / (np.pi / 5)) ** 1.5)
+    if kind == "crescent":
+        return np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y))
+    if kind == "hourglass":
+        return np.maximum(np.abs(y) - 0.85, np.abs(x) - np.abs(y) * 0.9 - 0.08)
+    if kind == "dumbbell":
+        balls = np.hypot(np.abs(x) - 0.62, y) - 0.4
+        return np.minimum(balls, np.maximum(np.abs(x) - 0.6, np.abs(y) - 0.14))
+    raise ValueError(kind)
+
+
+def _texture(rng, n, grid):
+    """n smooth random fields of mean 0 and deviation 1: sums of four plane waves of random direction and length."""
+    field = np.zeros((n, *grid.shape[1:]), np.float32)
+    for _ in range(4):
+        angle, frequency, phase = (rng.uniform(a, b, (n, 1, 1)) for a, b in ((0, np.pi), (0.2, 1.1), (0, 2 * np.pi)))
+        field += np.sin(frequency * (np.cos(angle) * grid[0] + np.sin(angle) * grid[1]) + phase).astype(np.float32)
+    return field[..., None] / np.sqrt(2)
+
+
+def make_shapes(train=4000, test=1000, size=32, seed=0):
+    """The four arrays of `shapes`: one of ten forms an image, drawn by numpy alone.
+
+    Position, size, rotation, the colours of form and ground, their textures, the lighting and the noise are random
+    and independent of the class, so that neither colour nor brightness nor any single pixel gives it away.
+    """
+    n, rng = train + test, np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(n) % len(SHAPES))
+    grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="xy")).astype(np.float32)
+    radius = rng.uniform(0.24, 0.40, (n, 1, 1)) * size
+    centre = rng.uniform(-0.13, 0.13, (2, n, 1, 1)) * size + (size - 1) / 2
+    angle = rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    dx, dy = (grid[:, None] - centre) / radius
+    x, y = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
+    distance = np.empty((n, size, size), np.float32)
+    for k, kind in enumerate(SHAPES):
+        distance[labels == k] = _shape_distance(kind, x[labels == k], y[labels == k])
+    cover = np.clip(0.5 - distance * radius, 0, 1)[..., None].astype(np.float32)          # one pixel of antialiasing
+    ground = rng.uniform(0.15, 0.85, (n, 1, 1, 3))
+    away = rng.normal(size=(n, 1, 1, 3))                              # the form's colour lies at a set distance from
+    form = ground + away / np.linalg.norm(away, axis=-1, keepdims=True) * rng.uniform(0.35, 0.6, (n, 1, 1, 1))  # it
+    tint = rng.normal(0, 0.05, (2, n, 1, 1, 3))
+    ground, form = (c + t * _texture(rng, n, grid) for c, t in zip((ground, form), tint))
+    images = ground + cover * (form - ground) + rng.normal(0, 0.03, (n, size, size, 3))
+    images = np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
+    labels = labels.astype(np.int64)
+    return {"train_images": images[:train], "train_labels": labels[:train],
+            "test_images": images[train:], "test_labels": labels[train:]}
+
+
+BUILDERS = {
+    "cifar10": lambda data_dir: _cifar("cifar10", data_dir),
+    "cifar100": lambda data_dir: _cifar("cifar100", data_dir),
+    "tinyimagenet": _tinyimagenet,
+    "shapes": lambda data_dir: make_shapes(),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Augmentation, a batch at a time with independent parameters per image
+# ---------------------------------------------------------------------------------------------------------------------
+def random_crops(n, size, scale, rng):
+    """Boxes of torchvision's RandomResizedCrop: top, left, height, width, each [n], for images of `size` pixels.
+
+    A box covers a share of the image drawn from `scale` at an aspect ratio drawn from [3/4, 4/3] in the logarithm;
+    the first of ten draws that fits is taken, the whole image if none does.
+    """
+    area = torch.empty(n, 10, device=rng.device).uniform_(*scale, generator=rng) * size * size
+    ratio = torch.empty(n, 10, device=rng.device).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).exp()
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (width <= size) & (height <= size) & (width >= 1) & (height >= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)                                   # [n, 1]
+    any_fits = fits.any(dim=1)
+    width, height = (torch.where(any_fits, v.gather(1, first)[:, 0], size) for v in (width, height))
+    place = torch.rand(2, n, device=rng.device, generator=rng)
+    top, left = (place * torch.stack([size - height + 1, size - width + 1])).floor()
+    return top, left, height, width
+
+
+def resized_crop(images, top, left, height, width, size, flip):
+    """Crops box i out of image i, resizes it to size x size bilinearly and mirrors it where `flip`.
+
+    images [B, C, H, W] float; the rest [B]. Interpolation is linear in each direction, so the whole batch is two
+    batched products with [size, H] and [size, W] matrices of hat functions. Coordinates are clamped to the box:
+    nothing from beyond its edge bleeds in. Equal to torchvision's resized_crop wherever that does not shrink.
+    """
+    def weights(start, length, pixels, mirror=None):
+        out = (torch.arange(size, device=images.device) + 0.5) / size                        # centres in (0, 1)
+        out = out.expand(len(images), size)
+        if mirror is not None:
+            out = torch.where(mirror[:, None], 1 - out, out)
+        position = (out * length[:, None] - 0.5).clamp(min=0).minimum(length[:, None] - 1) + start[:, None]
+        pixel = torch.arange(pixels, device=images.device)
+        return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)                      # [B, size, pixels]
+
+    rows = weights(top, height, images.shape[2])
+    columns = weights(left, width, images.shape[3], flip)
+    return rows[:, None] @ images @ columns[:, None].transpose(2, 3)                        # [B, C, size, size]
+
+
+def grayscale(images):
+    """Luma of RGB images [B, 3, H, W] -> [B, 1, H, W], with torchvision's weights."""
+    r, g, b = images.unbind(1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+
+
+def adjust_brightness(images, factor):
+    """images * factor, in [0, 1]; factor [B, 1, 1, 1]."""
+    return (images * factor).clamp(0, 1)
+
+
+def adjust_contrast(images, factor):
+    """Blends each image with its mean luma."""
+    mean = grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
+    return (images * factor + mean * (1 - factor)).clamp(0, 1)
+
+
+def adjust_saturation(images, factor):
+    """Blends each pixel with its luma."""
+    return (images * factor + grayscale(images) * (1 - factor)).clamp(0, 1)
+
+
+def adjust_hue(images, shift):
+    """Turns the hue by shift [B, 1, 1, 1], in turns (-0.5 .. 0.5), at equal HSV saturation and value."""
+    value, low = images.amax(1), images.amin(1)                                      # [B, H, W]
+    chroma = value - low
+    r, g, b = images.unbind(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == r, (g - b) / safe,
+                      torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))   # in sixths of a turn
+    hue = hue + shift[:, 0] * 6
+    channels = []
+    for offset in (5, 3, 1):                                     # HSV -> RGB: one trapezoid of the hue per channel
+        k = (hue + offset) % 6
+        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
+    return torch.stack(channels, 1)
+
+
+JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def two_views(images, seed, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2):
+    """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1.
+
+    images: uint8 [B, 3, H, W]; seed: fixes the draw. Random resized crop (share of the area in `scale`), horizontal
+    flip (p 0.5), colour jitter of brightness, contrast, saturation and hue (p 0.8), grey (p `gray`), as in the recipe
+    of appendix A.1. Every image has its own parameters; only the order of the colour operations is drawn once a view.
+    Returns two float tensors in [0, 1], not normalised.
+    """
+    rng, orders = torch.Generator(images.device).manual_seed(seed), random.Random(seed)
+    images = images.float() / 255
+    return tuple(_view(images, rng, orders.sample(range(4), 4), scale, jitter, gray) for _ in range(2))
+
+
+def _view(images, rng, order, scale, jitter, gray):
+    n, size = len(images), images.shape[-1]
+
+    def chance(p):
+        return torch.rand(n, device=rng.device, generator=rng) < p
+
+    images = resized_crop(images, *random_crops(n, size, scale, rng), size, flip=chance(0.5))
+    jittered = chance(0.8)
+    spread = torch.tensor(jitter, device=rng.device)[:, None]
+    amount = (torch.rand(4, n, device=rng.device, generator=rng) * 2 - 1) * spread * jittered    # 0: left as it is
+    for i in order:
+        neutral = 0 if JITTERS[i] is adjust_hue else 1                     # hue is a shift, the others are factors
+        images = JITTERS[i](images, neutral + amount[i].view(n, 1, 1, 1))
+    return torch.where(chance(gray).view(n, 1, 1, 1), grayscale(images), images)

@@ -1,0 +1,316 @@
+"""Evaluation of MKDT (section 5, "Evaluation Setup"; appendix A.1): pre-train a fresh encoder on a set, probe it linearly.
+
+    python eval.py --run-dir runs/cifar10/2pct_high_loss                     the set of that run and its baselines
+    python eval.py --run-dir runs/cifar10/2pct_high_loss --seeds 0 1 2 3 4   more seeds extend the table
+
+    pretrain        Eq. 9: an encoder from (images, representations) by MSE
+    encode          features of a data set under an encoder, in chunks
+    linear_probe    the classifier of Eq. 3: full-batch LBFGS
+    knn_accuracy    the monitor of the teacher
+    evaluate        every cell of a table, kept in results.json and results.md
+
+A cell is (set, encoder, task, labels, seed). The seed fixes the encoder's initial weights, the order of its batches
+and which images are labelled, each in a stream of its own and the same for every set: differences are paired.
+"""
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from data import InputError, Log, fingerprint, load, load_dataset, read_json, save, save_json, write_file
+from models import ConvNet, build, compile_if_it_pays, generator
+
+PAPER_NAMES = {"none": "No Pre-Training", "random": "Random Subset", "random@mkdt": "Random Subset, learned rate",
+               "high_loss": "High Loss Subset", "high_loss@mkdt": "High Loss Subset, learned rate",
+               "mkdt": "MKDT", "full": "Full Data"}
+DEFAULT_SETS = ("none", "random", "random@mkdt", "high_loss", "mkdt", "full")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pre-training (Eq. 9) and features
+# ---------------------------------------------------------------------------------------------------------------------
+def pretrain(encoder, images, representations, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
+             prepare=lambda x: x, loss=None):
+    """Trains `encoder` in place to map `images` to `representations` by MSE (Eq. 9) and returns it in eval mode.
+
+    images [n, 3, H, W] (`prepare` normalises a batch if they are stored as uint8), representations [n, d].
+    SGD with constant rate `lr`; min(batch_size, n) images a step, the short last batch kept; `seed` fixes the order.
+    loss(x, z): the encoder's loss, if a faster form of F.mse_loss(encoder(x), z) is at hand.
+    Raises InputError if the weights end up non-finite.
+    """
+    loss = loss or (lambda x, z: F.mse_loss(encoder(x), z))
+    optimizer = torch.optim.SGD(encoder.parameters(), lr, momentum, weight_decay=weight_decay)
+    encoder.train()
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=generator(seed, "pretrain order", epoch)).to(images.device)
+        for batch in order.split(batch_size):
+            value = loss(prepare(images[batch]), representations[batch])
+            optimizer.zero_grad()
+            value.backward()
+            optimizer.step()
+    if not all(p.isfinite().all() for p in encoder.parameters()):
+        raise InputError(f"pre-training on {len(images)} images at rate {lr:.3g} diverged: give the set a lower rate")
+    return encoder.eval()
+
+
+@torch.no_grad()
+def encode(f, images, prepare, chunk=1000):
+    """f(prepare(images)) in chunks of `chunk` images: uint8 [n, 3, H, W] -> float32 [n, d]."""
+    return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Linear probe (Eq. 3)
+# ---------------------------------------------------------------------------------------------------------------------
+def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
+    """A linear classifier by full-batch LBFGS: minimises cross-entropy + weight * sum(W^2), the bias left free.
+
+    features [n, d], labels int64 [n] in 0..classes-1. Starts from zero; the objective is strictly convex in W, so
+    the start only matters to how far at most `iterations` steps get. The line search keeps it from diverging.
+    Returns W [classes, d], b [classes].
+    """
+    W = torch.zeros(classes, features.shape[1], device=features.device, dtype=features.dtype, requires_grad=True)
+    b = torch.zeros(classes, device=features.device, dtype=features.dtype, requires_grad=True)
+    # max_eval counts function evaluations, of which a line search may take several an iteration.
+    optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, max_eval=25 * iterations, history_size=20,
+                                  tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+
+    def objective():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(features @ W.T + b, labels) + weight * W.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    return W.detach(), b.detach()
+
+
+def accuracy(W, b, features, labels):
+    """Percent of `labels` that the linear classifier (W, b) predicts: 100 - Err of Eq. 3."""
+    return 100 * ((features @ W.T + b).argmax(1) == labels).float().mean().item()
+
+
+def labelled_subset(n, percent, seed):
+    """Indices of the labelled images: floor(n * percent / 100) of n, drawn uniformly (not by class), sorted."""
+    count = math.floor(n * percent / 100 + 1e-9)
+    if count < 1:
+        raise InputError(f"{percent:g}% of {n} training images is no image: raise --labels")
+    return torch.randperm(n, generator=generator(seed, "labels", percent))[:count].sort().values
+
+
+def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200, temperature=0.5):
+    """Percent correct of the weighted k-nearest-neighbour vote with weights exp(cosine / temperature)."""
+    bank, classes = F.normalize(train_features), int(train_labels.max()) + 1
+    correct = 0
+    for x, y in zip(F.normalize(test_features).split(1000), test_labels.split(1000)):
+        similarity, nearest = (x @ bank.T).topk(min(k, len(bank)))                             # [B, k]
+        votes = torch.zeros(len(x), classes, device=x.device)
+        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == y).sum()
+    return 100 * correct.item() / len(test_labels)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The sets to pre-train on
+# ---------------------------------------------------------------------------------------------------------------------
+def pretraining_set(name, seed, dataset, representations, size, losses, distilled, default_lr):
+    """(images, representations, lr) of the set called `name`, or None for `none`.
+
+    name: none; random (redrawn per seed); high_loss (the `size` images with the largest `losses` [n]); mkdt
+        (`distilled`, the dict of distilled.pt); full. `name@0.3` sets the rate and `name@mkdt` takes the learned one;
+        otherwise it is the learned rate for mkdt and `default_lr` for real images.
+    """
+    base, _, rate = name.partition("@")
+    lr = distilled["lr"] if rate == "mkdt" or (base == "mkdt" and not rate) else float(rate or default_lr)
+    if base == "none":
+        return None
+    if base == "mkdt":
+        return distilled["images"], distilled["representations"], lr
+    if base == "full":
+        chosen = torch.arange(len(representations))
+    elif base == "random":
+        chosen = torch.randperm(len(representations), generator=generator(seed, "random subset"))[:size]
+    elif base == "high_loss":
+        chosen = highest(losses, size)
+    else:
+        raise InputError(f"unknown pre-training set {name!r}: choose from {', '.join(PAPER_NAMES)}, or NAME@RATE")
+    return dataset.train_images[chosen], representations[chosen], lr
+
+
+def highest(loss, count):
+    """Indices of the `count` largest entries of loss [n], the largest first, ties to the lower index."""
+    return loss.cpu().sort(descending=True, stable=True).indices[:count]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A table
+# ---------------------------------------------------------------------------------------------------------------------
+def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1, 2), data_dir="data", device="cpu",
+             save_encoder=None, compile="auto"):
+    """Computes the cells of a table that results.json in `run_dir` lacks, and rewrites results.json and results.md.
+
+    run_dir: a folder with distilled.pt, as mkdt.py leaves it. sets, percents, seeds: the rows of the table. tasks: its
+    columns, data sets to probe on; the run's own if none. save_encoder: a folder that receives each pre-trained
+    encoder as SET_SEED.pt. Returns the list of records.
+    """
+    run_dir, shared = Path(run_dir), Path(run_dir).parent
+    s = read_json(run_dir / "config.json")["settings"]
+    distilled = load(run_dir / "distilled.pt")
+    made_from = fingerprint(distilled["images"], distilled["lr"], {k: s[k] for k in s if k.startswith("pretrain")})
+    distilled = {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()}
+    own = load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"])
+    tasks = [own if t == distilled["dataset"] else load_dataset(t, data_dir, device=device)
+             for t in tasks or [distilled["dataset"]]]
+    for task in tasks:
+        if not task.labelled:
+            raise InputError(f"{task.name} has no labels for both splits, so it cannot be probed: give --tasks")
+    z = load(shared / "representations.pt").to(device)                                                # Z_T     [n, d]
+    z_test = load(shared / "representations_test.pt").to(device) if (shared / "representations_test.pt").exists() \
+        else None
+    losses = load(run_dir / "init.pt")["losses"]
+
+    encoder = ConvNet(z.shape[1], own.image_size, s["width"]).to(device).to(memory_format=torch.channels_last)
+    plain_loss = fast_loss = lambda x, target: F.mse_loss(encoder(x), target)
+    records = read_results(run_dir, made_from)
+    log = Log(run_dir / "log.jsonl", interval=0)
+    todo = [(name, seed) for seed in seeds for name in sets
+            if any(seed not in find(records, name, t.name, p, made_from)["seeds"] for t in tasks for p in percents)]
+    for done, (name, seed) in enumerate(todo):
+        # The compiled loss belongs to this one encoder object, so each new encoder is loaded into it.
+        fresh = build(lambda: ConvNet(z.shape[1], own.image_size, s["width"]), seed, "evaluation encoder")
+        encoder.load_state_dict(fresh.state_dict())
+        chosen = pretraining_set(name, seed, own, z, len(distilled["images"]), losses, distilled, s["pretrain_lr"])
+        if chosen:
+            images, targets, lr = chosen
+            prepare = own.batch if images.dtype == torch.uint8 else lambda x: x
+            size = min(s["pretrain_batch"], len(images))
+            if fast_loss is plain_loss and len(images) >= s["pretrain_batch"]:
+                steps = len(todo) * s["pretrain_epochs"] * len(images) // size // (len(sets) if name == "full" else 1)
+                fast_loss, _, _ = compile_if_it_pays(plain_loss, (prepare(images[:size]), targets[:size]), steps,
+                                                     compile, passes=3)
+            pretrain(encoder, images, targets, lr, s["pretrain_epochs"], seed, size, prepare=prepare,
+                     loss=lambda x, y: (fast_loss if len(x) == s["pretrain_batch"] else plain_loss)(x, y))
+        encoder.eval()
+        if save_encoder:
+            save(Path(save_encoder) / f"{name.replace('@', '_at_')}_{seed}.pt", encoder.state_dict())
+        for task in tasks:
+            mse = None
+            if task is own and z_test is not None:                                        # Eq. 2, on the test images
+                mse = (encode(encoder, task.test_images, task.batch) - z_test).square().mean().item()
+            features = encode(encoder.features, task.test_images, task.batch)
+            for percent in percents:
+                record = find(records, name, task.name, percent, made_from)
+                if seed in record["seeds"]:
+                    continue
+                subset = labelled_subset(len(task.train_images), percent, seed).to(device)
+                classifier = linear_probe(encode(encoder.features, task.train_images[subset], task.batch),
+                                          task.train_labels[subset], int(task.train_labels.max()) + 1)
+                record["seeds"].append(seed)
+                record["accuracies"].append(accuracy(*classifier, features, task.test_labels))
+                record["mses"].append(mse)
+                record["lr"] = chosen[2] if chosen else None
+        write_results(run_dir, records, distilled["percent"])
+        log("eval", done + 1, len(todo), unit="set", set=name, seed=seed,
+            **{f"{p:g}%": find(records, name, tasks[0].name, p, made_from)["accuracies"][-1] for p in percents})
+    write_results(run_dir, records, distilled["percent"])
+    return records
+
+
+def find(records, name, task, percent, made_from):
+    """The record of one row and column of the table, appended to `records` if it is new."""
+    key = {"pretraining": name, "task": task, "labels_percent": percent, "encoder": "convnet", "protocol": "linear"}
+    for record in records:
+        if all(record[k] == v for k, v in key.items()):
+            return record
+    records.append({**key, "made_from": made_from, "lr": None, "seeds": [], "accuracies": [], "mses": []})
+    return records[-1]
+
+
+def read_results(run_dir, made_from):
+    """The records of results.json that still hold: those of this very distilled set and these settings."""
+    path = run_dir / "results.json"
+    return [r for r in read_json(path) if r.get("made_from") == made_from] if path.exists() else []
+
+
+def write_results(run_dir, records, percent):
+    """results.json, with means and deviations (percent; ddof 0, as the authors compute them), and results.md."""
+    for r in records:
+        scores = torch.tensor(r["accuracies"], dtype=torch.float64)
+        known = [m for m in r["mses"] if m is not None]
+        r.update(distilled_percent=percent, mean=scores.mean().item(), std=scores.std(correction=0).item(),
+                 mse=sum(known) / len(known) if known else None)
+    save_json(run_dir / "results.json", records)
+    write_file(run_dir / "results.md", lambda file: file.write(table(records, percent).encode()))
+
+
+def table(records, percent):
+    """The records as the paper's Table 1: a row per share of labels and set, a column per task; mean +- std."""
+    tasks = list(dict.fromkeys(r["task"] for r in records))
+    mse = any(r["mse"] is not None for r in records)
+    lines = [f"Pre-training on {percent:g}% of the data: linear probe accuracy in percent, mean +- std over seeds", "",
+             "| Labels | Pre-training set | Rate | " + " | ".join(tasks) + (" | MSE to teacher |" if mse else " |"),
+             "|---|---|---|" + "---|" * (len(tasks) + mse)]
+    for labels in sorted({r["labels_percent"] for r in records}):
+        rows = [r for r in records if r["labels_percent"] == labels]
+        names = sorted({r["pretraining"] for r in rows}, key=lambda n: [*PAPER_NAMES, n].index(n))
+        for name in names:
+            cells = {r["task"]: r for r in rows if r["pretraining"] == name}
+            one = next(iter(cells.values()))
+            shown = [f"{cells[t]['mean']:.2f} +- {cells[t]['std']:.2f} ({len(cells[t]['seeds'])})" if t in cells
+                     else "" for t in tasks]
+            if mse:
+                shown.append(f"{one['mse']:.4f}" if one["mse"] is not None else "")
+            rate = f"{one['lr']:.3g}" if one["lr"] else ""
+            lines.append(f"| {labels:g}% | {PAPER_NAMES.get(name, name)} | {rate} | " + " | ".join(shown) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def paired(records, against, task, percent):
+    """{set: (mean, standard error)} of the difference to the set `against` over the seeds that both have (ddof 1)."""
+    rows = {r["pretraining"]: dict(zip(r["seeds"], r["accuracies"])) for r in records
+            if r["task"] == task and r["labels_percent"] == percent}
+    base, result = rows[against], {}
+    for name, scores in rows.items():
+        common = [s for s in scores if s in base]
+        if name != against and len(common) > 1:
+            d = torch.tensor([scores[s] - base[s] for s in common], dtype=torch.float64)
+            result[name] = d.mean().item(), (d.std(correction=1) / len(d) ** 0.5).item()
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+def main(argv=None):
+    """The command line; see the top of this file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--run-dir", required=True, help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
+    parser.add_argument("--sets", nargs="+", default=DEFAULT_SETS, metavar="SET",
+                        help=f"pre-training sets: {', '.join(PAPER_NAMES)}, or any with a rate, random@0.3 "
+                             f"(default: {' '.join(DEFAULT_SETS)})")
+    parser.add_argument("--tasks", nargs="+", default=[], metavar="DATASET",
+                        help="data sets to probe on (default: the run's own)")
+    parser.add_argument("--labels", nargs="+", type=float, default=[1, 5], metavar="PERCENT",
+                        help="shares of the task's training labels in percent (default: 1 5)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept (default: data)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
+    args = parser.parse_args(argv)
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        records = evaluate(args.run_dir, args.sets, args.tasks, args.labels, args.seeds, args.data_dir, device,
+                           args.save_encoder)
+    except InputError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    print((Path(args.run_dir) / "results.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,719 @@
+"""MKDT: dataset distillation by matching knowledge-distillation trajectories (Joshi, Ni & Mirzasoleiman, ICLR 2025).
+
+    python mkdt.py --stage all --dataset shapes      minutes on a laptop: no GPU, no network
+    python mkdt.py --stage all --dataset cifar10     the paper's CIFAR-10, 2%: for a GPU; README, "What it costs"
+
+The file follows Algorithm 1 from top to bottom:
+
+    teacher   line 1    train f_T with self-supervision (Eq. 1, 6); encode the data: Z_T
+    experts   line 2    train K students to match Z_T by MSE (Eq. 5, 7); keep theta*_0 .. theta*_T of each
+    init      line 3    D_syn: the images of highest loss across experts (section 4.2), Z_syn: their rows of Z_T
+    distill   4 - 19    move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M epochs end (Eq. 4)
+    eval      section 5 pre-train on D_syn and probe linearly (eval.py)
+
+Bare defaults are the paper's. Everything is written below --run-dir; a run that was stopped goes on where it was.
+"""
+import argparse
+import copy
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+import eval as evaluation
+import models
+from data import (Checkpoint, InputError, Log, denormalize, duration, fingerprint, load, load_dataset, normalize,
+                  read_json, save, save_json, two_views, write_file)
+from models import (ConvNet, barlow_twins_loss, build, compile_if_it_pays, flat_parameters, functional, generator,
+                    nt_xent_loss, stream)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings
+# ---------------------------------------------------------------------------------------------------------------------
+# Every setting with its stage, the paper's value and its meaning. Each is a flag (--syn-steps 40) and is kept in the
+# run folder's config.json. A stage depends on its own settings and on those of the stages above it.
+SETTINGS = {
+    "train_images":       ("data", 0, "use only the first so many training images; 0 for all"),
+    "image_size":         ("data", 0, "side in pixels to which a folder's images are squashed; 0 for 32"),
+    "ssl":                ("teacher", "barlow", "self-supervised loss: barlow (Eq. 1) or simclr (Table 6)"),
+    "teacher_width":      ("teacher", 64, "channels of the ResNet-18's first stage; representations have 8 times more"),
+    "teacher_epochs":     ("teacher", 1000, "epochs of self-supervised training (simclr: 400)"),
+    "teacher_batch":      ("teacher", 256, "images a step, two views of each (simclr: 512)"),
+    "teacher_lr":         ("teacher", 0.01, "peak rate of Adam (simclr: 0.001, constant)"),
+    "teacher_decay":      ("teacher", 1e-6, "weight decay of Adam"),
+    "lambd":              ("teacher", 1 / 128, "weight of Eq. 1's off-diagonal terms"),
+    "temperature":        ("teacher", 0.5, "temperature of SimCLR's loss"),
+    "crop_scale":         ("teacher", 0.08, "smallest share of an image's area that a random crop keeps"),
+    "gray":               ("teacher", 0.2, "probability that a view is made grey"),
+    "max_pool":           ("teacher", 0, "1: the teacher's stem ends in max-pooling (TinyImageNet)"),
+    "bf16":               ("teacher", "auto", "bfloat16 autocast for the teacher: auto (on GPUs), on or off"),
+    "width":              ("experts", 128, "channels of the student ConvNet"),
+    "expert_epochs":      ("experts", 7, "epochs of expert training that are kept: T+ + M is the last one read; paper: 20"),
+    "expert_lr":          ("experts", 0.1, "rate of SGD"),
+    "expert_momentum":    ("experts", 0.9, "momentum of SGD"),
+    "expert_decay":       ("experts", 1e-4, "weight decay of SGD"),
+    "expert_batch":       ("experts", 256, "images a step"),
+    "experts":            ("init", 100, "K, the number of expert trajectories"),
+    "init":               ("init", "high_loss", "initial images: high_loss (section 4.2) or random"),
+    "percent":            ("init", 2.0, "size of the distilled set in percent of the training images"),
+    "syn_steps":          ("distill", 40, "N, steps on the distilled set in an iteration"),
+    "match_epochs":       ("distill", 2, "M, epochs on the real data from start to target"),
+    "max_start_epoch":    ("distill", 5, "T+, the last epoch to start from (inclusive)"),
+    "pixel_lr":           ("distill", 1000.0, "rate of SGD on the distilled images"),
+    "syn_lr":             ("distill", 0.1, "alpha_0, the initial learned rate"),
+    "syn_lr_lr":          ("distill", 1e-4, "rate of SGD on the learned rate"),
+    "syn_momentum":       ("distill", 0.5, "momentum of both"),
+    "syn_batch":          ("distill", 256, "distilled images a step"),
+    "clip":               ("distill", 0.0, "limit on each image's gradient norm, in running medians of it; 0: none"),
+    "iterations":         ("length", 5000, "S, the number of distillation iterations"),
+    "pretrain_epochs":    ("eval", 20, "epochs of pre-training (Eq. 9)"),
+    "pretrain_batch":     ("eval", 256, "images a pre-training step"),
+    "pretrain_lr":        ("eval", 0.1, "rate of pre-training on real images; distilled ones bring their own"),
+}
+
+# What differs from the defaults above, by data set: peers' recipes for the teacher, and Tables 8 and 9 by percent.
+DATASETS = {
+    "cifar10": {},
+    "cifar100": {},
+    "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1),
+    "shapes": dict(teacher_width=8, teacher_epochs=30, width=32, experts=5),
+}
+SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
+ROWS = {
+    ("cifar10", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
+    ("cifar10", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
+    ("cifar100", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=2, pixel_lr=1e3),
+    ("cifar100", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
+    ("tinyimagenet", 2): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
+    ("tinyimagenet", 5): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
+    ("shapes", 2): dict(syn_steps=20, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6)
+# ---------------------------------------------------------------------------------------------------------------------
+def teacher_loss(model, view1, view2, ssl, lambd, temperature, bf16):
+    """L_SSL of Eq. 6 for two normalised views [B, 3, H, W] of the same images: Barlow Twins or SimCLR's.
+
+    model: encoder and projection head. Both views go through it as one batch, so batch norm sees them together.
+    The loss itself is float32 even where the network runs in bfloat16.
+    """
+    with torch.autocast(view1.device.type, torch.bfloat16, enabled=bf16):
+        z = model(torch.cat([view1, view2]))                                       # [2B, 1024]
+    z1, z2 = z.float().chunk(2)
+    return barlow_twins_loss(z1, z2, lambd) if ssl == "barlow" else nt_xent_loss(z1, z2, temperature)
+
+
+def warmup_cosine(step, steps, warmup, peak, floor):
+    """Rate at `step` of `steps`: linear from 0 to `peak` over `warmup` steps, then cosine down to `floor`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd, temperature, crop_scale, gray, bf16,
+                  seed, log, checkpoint, speed_up=lambda f, *rest, **options: f):
+    """Trains `model`, an encoder followed by its projection head, in place on dataset.train_images (Eq. 6).
+
+    Adam; Barlow Twins warms up for min(10 epochs, 10% of the steps), then follows a cosine to 0.001 of the peak;
+    SimCLR keeps a constant rate. The last short batch of an epoch is dropped. Raises InputError on a non-finite loss.
+    """
+    images = dataset.train_images
+    batch_size = min(batch_size, len(images))
+    per_epoch = len(images) // batch_size
+    steps = epochs * per_epoch
+    warmup = min(10 * per_epoch, max(1, steps // 10))
+    optimizer = torch.optim.Adam(model.parameters(), lr=peak_lr, weight_decay=decay)
+
+    def views(step):
+        epoch, i = divmod(step, per_epoch)
+        order = torch.randperm(len(images), generator=generator(seed, "teacher order", epoch))
+        batch = images[order[i * batch_size:(i + 1) * batch_size].to(images.device)]
+        pair = two_views(batch, stream(seed, "teacher views", step), (crop_scale, 1.0), gray=gray)
+        return [normalize(v, dataset.mean, dataset.std).contiguous(memory_format=torch.channels_last) for v in pair]
+
+    def loss_of(view1, view2):
+        return teacher_loss(model, view1, view2, ssl, lambd, temperature, bf16)
+
+    untouched = copy.deepcopy(model.state_dict())                    # trial calls would move batch norm's statistics
+    loss_of = speed_up(loss_of, views(0), steps, passes=3)
+    model.load_state_dict(untouched)
+    first = checkpoint.restore(model=model, optimizer=optimizer)
+    log.start(first)
+    for step in range(first, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = warmup_cosine(step, steps, warmup, peak_lr, 1e-3 * peak_lr) if ssl == "barlow" else peak_lr
+        loss = loss_of(*views(step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if log.due() or step + 1 == steps:
+            value = finite(loss, f"teacher: the loss at step {step} (lower --teacher-lr, now {peak_lr})")
+            log("teacher", step + 1, steps, epoch=step // per_epoch, loss=value)
+        if checkpoint.due():
+            checkpoint.save(step + 1, model=model, optimizer=optimizer)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Experts (Algorithm 1, line 2; Eq. 5 and 7)
+# ---------------------------------------------------------------------------------------------------------------------
+def kd_loss(f):
+    """L_KD of Eq. 5 as a function of (theta, x, z): the mean squared error over the batch and the d dimensions.
+
+    theta [P], normalised images x [B, 3, H, W], teacher representations z [B, d].
+    """
+    return lambda theta, x, z: F.mse_loss(f(theta, x), z)
+
+
+def sgd_step(loss, momentum, decay):
+    """One step of SGD with momentum on `loss`, as a pure function of flat parameters (and torch.optim.SGD's update)."""
+    def step(theta, velocity, x, z, lr):
+        g = torch.func.grad(loss)(theta, x, z) + decay * theta
+        velocity = momentum * velocity + g
+        return theta - lr * velocity, velocity
+    return step
+
+
+def train_expert(step, theta, images, representations, prepare, epochs, lr, batch_size, seed):
+    """One expert trajectory: theta*_0 .. theta*_epochs, the weights after each epoch, as [epochs + 1, P] (Eq. 7).
+
+    step: the update of `sgd_step`. images uint8 [n, 3, H, W], `prepare` normalises a batch; representations [n, d].
+    A fresh order each epoch, the short last batch kept, no augmentation, constant rate.
+    """
+    trajectory, velocity = [theta.cpu().clone()], torch.zeros_like(theta)
+    for epoch in range(epochs):
+        order = torch.randperm(len(images), generator=generator(seed, "expert order", epoch)).to(images.device)
+        for batch in order.split(batch_size):
+            theta, velocity = step(theta, velocity, prepare(images[batch]), representations[batch], lr)
+        trajectory.append(theta.cpu().clone())       # a copy: on the CPU .cpu() alone would alias live weights
+    return torch.stack(trajectory)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Initial distilled set (Algorithm 1, line 3; section 4.2)
+# ---------------------------------------------------------------------------------------------------------------------
+def loss_per_image(f, thetas, images, representations, prepare):
+    """MSE of each image averaged over the experts' weights `thetas` after epoch 1 (section 4.2) -> [n]."""
+    total = torch.zeros(len(images), device=images.device)
+    for theta in thetas:
+        z = evaluation.encode(lambda x: f(theta, x), images, prepare)
+        total += (z - representations).square().mean(dim=1)
+    return total / len(thetas)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8)
+# ---------------------------------------------------------------------------------------------------------------------
+def inner_gradient(loss):
+    """g(theta, x, z) = dL/dtheta: what one step of Eq. 8 subtracts, alpha_syn times."""
+    return lambda theta, x, z: torch.func.grad(loss)(theta, x, z)
+
+
+def inner_adjoint(loss):
+    """(theta, x, z, v) -> (H v, d(g . v)/dx, g . v) with g = dL/dtheta and H = dg/dtheta.
+
+    g . v is the directional derivative of the loss along v, so one pass forward with a tangent and one pass back
+    give all three; H itself is never formed.
+    """
+    def adjoint(theta, x, z, v):
+        def g_dot_v(theta, x):
+            return torch.func.jvp(lambda t: loss(t, x, z), (theta,), (v,))[1]
+        (hv, gx), gv = torch.func.grad_and_value(g_dot_v, argnums=(0, 1))(theta, x)
+        return hv, gx, gv
+    return adjoint
+
+
+def matching_gradient(gradient, adjoint, theta, target, images, representations, lr, batches):
+    """L_DD of Eq. 4 and its exact gradient with respect to the distilled images and the learned rate.
+
+    theta, target: theta*_t and theta*_{t+M}, [P]; images [n, ...], representations [n, d]; lr: alpha_syn, a scalar
+    tensor; batches: N index tensors b_0 .. b_{N-1}; gradient, adjoint: `inner_gradient` and `inner_adjoint` of L_MSE.
+
+    Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,   g_n = g(theta_n, x_{b_n}, z_{b_n});   the N + 1 vectors are kept.
+    Backward, with    v_n = dL_DD / dtheta_n:
+        v_N = 2 (theta_N - target) / ||theta_0 - target||^2                                   (Eq. 4)
+        v_n = (I - lr H_n)^T v_{n+1} = v_{n+1} - lr H_n v_{n+1}                 (H_n is symmetric)
+        dL_DD / dx_{b_n} += -lr d(g_n . v_{n+1}) / dx          dL_DD / dlr += -g_n . v_{n+1}
+    Each step is recomputed on the way back, so memory is one step's graph and N parameter vectors.
+
+    Returns (loss, gradient of the images, gradient of the rate, distance), distance = ||theta_N - theta_0||^2 in the
+    unit of Eq. 4's denominator.
+    """
+    thetas = [theta]
+    for batch in batches:
+        thetas.append(thetas[-1] - lr * gradient(thetas[-1], images[batch], representations[batch]))
+
+    scale = (theta - target).square().sum()
+    v = 2 * (thetas[-1] - target) / scale
+    grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
+    for theta_n, batch in zip(reversed(thetas[:-1]), reversed(batches)):
+        hv, gx, gv = adjoint(theta_n, images[batch], representations[batch], v)
+        grad_images.index_add_(0, batch, gx * -lr)
+        grad_lr -= gv
+        v = v - lr * hv
+
+    loss = (thetas[-1] - target).square().sum() / scale
+    return loss, grad_images, grad_lr, (thetas[-1] - theta).square().sum() / scale
+
+
+def draw_batches(n, steps, batch_size, rng):
+    """`steps` mini-batches of 0..n-1: permutations cut in pieces of `batch_size` (the short one kept), as needed."""
+    batches = []
+    while len(batches) < steps:
+        batches += torch.randperm(n, generator=rng).split(batch_size)
+    return batches[:steps]
+
+
+def clip_per_image(grad, medians, step, factor):
+    """Scales each image's gradient [n, ...] to at most `factor` running medians of the per-image gradient norm.
+
+    medians [W]: the medians of the last W iterations, NaN where there is none yet; this one's is written to it. A
+    start at t = 0 can have gradients hundreds of times the usual, and one such step ruins the images.
+    Returns (clipped gradient, number of images whose gradient was clipped).
+    """
+    norms = grad.flatten(1).norm(dim=1)                                                 # [n]
+    medians[step % len(medians)] = norms.median()
+    limit = factor * medians.nanmedian()
+    scale = (limit / norms).clamp(max=1)
+    return grad * scale.view(-1, *[1] * (grad.dim() - 1)), (scale < 1).sum()
+
+
+def distill(gradient, adjoint, expert, experts, images, representations, iterations, syn_steps, match_epochs,
+            max_start_epoch, pixel_lr, syn_lr, syn_lr_lr, momentum, batch_size, clip, seed, log, checkpoint,
+            snapshot=lambda iteration, images, lr: None):
+    """Algorithm 1, lines 4 to 19. Returns the distilled images [n, 3, H, W] and the learned rate.
+
+    gradient, adjoint: see `matching_gradient`. expert(i): trajectory i of `experts`, [T + 1, P], on the CPU.
+    images, representations: D_syn and Z_syn as initialised; Z_syn stays fixed.
+    snapshot(iteration, images, lr) is called every 1,000 iterations.
+    Raises InputError when the loss or the gradient is not finite, or the learned rate not positive.
+    """
+    device = images.device
+    state = {"images": images.clone(), "velocity": torch.zeros_like(images),
+             "lr": torch.tensor(float(syn_lr), device=device), "lr_velocity": torch.zeros((), device=device),
+             "medians": torch.full((101,), float("nan"), device=device)}
+    first = checkpoint.restore(**state)
+    initial, images, lr = images, state["images"], state["lr"]
+    losses, distances, clipped = [], [], []
+    log.start(first)
+    for s in range(first, iterations):                                                             # line 5
+        rng = generator(seed, "distill", s)
+        i = int(torch.randint(experts, (), generator=rng))                                         # line 6
+        t = int(torch.randint(max_start_epoch + 1, (), generator=rng))                             # line 7, t <= T+
+        trajectory = expert(i)
+        theta, target = (trajectory[e].to(device) for e in (t, t + match_epochs))                  # line 9
+        batches = [b.to(device) for b in draw_batches(len(images), syn_steps, batch_size, rng)]    # lines 10 - 12
+        loss, grad_images, grad_lr, distance = matching_gradient(                                  # lines 13 - 17
+            gradient, adjoint, theta, target, images, representations, lr, batches)
+        if clip:
+            grad_images, count = clip_per_image(grad_images, state["medians"], s, clip)
+            clipped.append(count)
+        state["velocity"].mul_(momentum).add_(grad_images)                                         # line 18
+        state["lr_velocity"].mul_(momentum).add_(grad_lr)
+        images -= pixel_lr * state["velocity"]
+        lr -= syn_lr_lr * state["lr_velocity"]
+        losses.append(loss)
+        distances.append(distance)
+        if log.due() or s + 1 == iterations:
+            where = f"distill: iteration {s}, expert {i}, start epoch {t}: "
+            mean_loss = finite(torch.stack(losses).mean(), where + "matching loss (lower --pixel-lr or set --clip 2)")
+            if float(lr) <= 0:
+                raise InputError(f"{where}the learned rate became {float(lr):.3g} (lower --syn-lr-lr, {syn_lr_lr})")
+            log("distill", s + 1, iterations, loss=mean_loss, lr=float(lr),
+                moved=(images - initial).abs().mean().item(), travelled=torch.stack(distances).mean().item(),
+                **({"clipped": torch.stack(clipped).float().mean().item()} if clip else {}))
+            losses, distances, clipped = [], [], []
+        if (s + 1) % 1000 == 0 and s + 1 < iterations:
+            snapshot(s + 1, images, lr)
+        if checkpoint.due():
+            checkpoint.save(s + 1, **state)
+    checkpoint.save(max(first, iterations), **state)                         # so that more iterations can be asked for later
+    return images, lr
+
+
+def finite(tensor, what):
+    """float(tensor), or InputError naming `what` if it is NaN or infinite."""
+    value = tensor.item()
+    if not math.isfinite(value):
+        raise InputError(f"{what} is {value}")
+    return value
+
+
+def draw_picture(initial, final, mean, std, columns=16, rows=3, zoom=3):
+    """A picture of distilled images: bands of `columns` images, each row of initial ones above the same ones distilled.
+
+    initial, final: normalised [n, 3, H, W]. Returns a PIL image.
+    """
+    n = min(len(initial), columns * rows)
+    columns = min(columns, n)
+    pixels = [(denormalize(x[:n], mean, std) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+              for x in (initial, final)]
+    side, margin, gap = initial.shape[-1] * zoom, 60, 8
+    bands = math.ceil(n / columns)
+    canvas = Image.new("RGB", (margin + columns * (side + 2), bands * (2 * side + 2 + gap) + gap), "white")
+    pen = ImageDraw.Draw(canvas)
+    for band in range(bands):
+        for which, name in enumerate(("initial", "distilled")):
+            top = gap + band * (2 * side + 2 + gap) + which * (side + 2)
+            pen.text((3, top + side // 2 - 6), name, fill="black")
+            for column, i in enumerate(range(band * columns, min(n, (band + 1) * columns))):
+                tile = Image.fromarray(pixels[which][i]).resize((side, side), Image.Resampling.NEAREST)
+                canvas.paste(tile, (margin + column * (side + 2), top))
+    return canvas
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: the functions above, tied to files
+# ---------------------------------------------------------------------------------------------------------------------
+class Run:
+    """A run: its settings, data and folders. `run_dir` is shared by every distilled set of one data set (teacher,
+    experts); `set_dir` below it holds one distilled set."""
+
+    def __init__(self, args, settings):
+        self.settings, self.seed, self.force, self.compile = settings, args.seed, args.force, args.compile
+        self.data_dir, self.minutes, self.device = args.data_dir, args.checkpoint_minutes, pick_device(args.device)
+        self.dataset_name = args.dataset
+        self.dataset = load_dataset(args.dataset, args.data_dir, settings["image_size"], self.device,
+                                    settings["train_images"])
+        self.run_dir = Path(args.run_dir or Path("runs") / self.dataset.name)
+        self.set_dir = self.run_dir / f"{settings['percent']:g}pct_{settings['init']}"
+        self.size = math.floor(len(self.dataset.train_images) * settings["percent"] / 100 + 1e-9)
+        if not 1 <= self.size <= len(self.dataset.train_images):
+            raise InputError(f"--percent {settings['percent']:g} of {len(self.dataset.train_images)} training images "
+                             f"is {self.size} images: it must leave at least one and at most all")
+        self.representations_file = args.representations
+        self.log = Log(self.run_dir / "log.jsonl", args.log_seconds)
+
+    def inputs(self, stage):
+        """What `stage` depends on: its own settings and those of the stages above it, the seed and the data."""
+        stages = ["data", "teacher", "experts", "init", "distill", "eval"]
+        upstream = stages[:stages.index(stage) + 1]
+        values = {k: self.settings[k] for k, (s, *_) in SETTINGS.items() if s in upstream}
+        if self.representations_file:
+            values = {k: v for k, v in values.items() if SETTINGS[k][0] != "teacher"}
+            values["representations"] = fingerprint(Path(self.representations_file))
+        return {"dataset": self.dataset.name, "data": fingerprint(self.dataset.train_images), "seed": self.seed, **values}
+
+    def claim(self, folder, stage, *outputs):
+        """Ties the files `outputs` (patterns) of `stage` in `folder` to what they depend on, in its config.json.
+
+        Raises InputError if they were made with anything else, saying what differs; --force removes them instead.
+        """
+        path, inputs = folder / "config.json", self.inputs(stage)
+        config = read_json(path) if path.exists() else {}
+        old = config.get(stage, {}).get("inputs", inputs)
+        if old != inputs:
+            differs = ", ".join(f"{k} {old.get(k)} -> {inputs.get(k)}" for k in sorted({*old, *inputs})
+                                if old.get(k) != inputs.get(k))
+            if not self.force:
+                raise InputError(f"{folder} holds the stage {stage} of another run ({differs}): give another "
+                                 "--run-dir, or --force to make it and what follows again")
+            print(f"{stage}: made again ({differs})")
+            for pattern in outputs:
+                for file in folder.glob(pattern):
+                    file.unlink()
+        if stage not in config or old != inputs:
+            config[stage] = {"inputs": inputs}
+        config["settings"] = {"dataset": self.dataset_name, "seed": self.seed, **self.settings}
+        config["versions"] = {"torch": torch.__version__, "device": str(self.device)}
+        save_json(path, config)
+
+    def speed_up(self, folder, stage):
+        """A function speed_up(f, example, steps) that times f, says what the stage will take, and compiles f if that
+        pays. The choice is kept in config.json, so that a resumed run computes the same numbers."""
+        def choose(f, example, steps, passes=1, name="step"):
+            config = read_json(folder / "config.json")
+            kept = config[stage].setdefault("compiled", {})
+            mode = self.compile if name not in kept else "on" if kept[name] else "off"
+            f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, passes)
+            save_json(folder / "config.json", config)
+            print(f"{stage}: {steps} x {name}, {'compiled' if kept[name] else 'eager'}, about "
+                  f"{duration(seconds * steps)}", flush=True)
+            return f
+        return choose
+
+    def checkpoint(self, folder, name):
+        return Checkpoint(folder / name, self.minutes)
+
+
+def pick_device(name):
+    """The torch.device called `name`; "auto" is the GPU if there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try auto or cpu") from error
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return device
+
+
+def teacher_stage(run):
+    """Trains the teacher and encodes the data: teacher.pt, representations.pt [n, d], representations_test.pt [m, d]."""
+    s, data, folder = run.settings, run.dataset, run.run_dir
+    run.claim(folder, "teacher", "teacher*.pt", "representations*.pt")
+    if (folder / "representations.pt").exists():
+        return
+    if run.representations_file:
+        z = read_representations(run.representations_file, len(data.train_images))
+        return save(folder / "representations.pt", z)
+    encoder = build(lambda: models.resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"])),
+                    run.seed, "teacher")
+    head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
+    model = torch.nn.Sequential(encoder, head).to(run.device).to(memory_format=torch.channels_last)
+    if (folder / "teacher.pt").exists():
+        encoder.load_state_dict(load(folder / "teacher.pt"))
+    else:
+        checkpoint = run.checkpoint(folder, "teacher_checkpoint.pt")
+        bf16 = s["bf16"] == "on" or (s["bf16"] == "auto" and run.device.type == "cuda")
+        train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
+                      s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"], bf16, run.seed,
+                      run.log, checkpoint, run.speed_up(folder, "teacher"))
+        save(folder / "teacher.pt", encoder.state_dict())
+        checkpoint.remove()
+    encoder.eval()
+    z = evaluation.encode(encoder.features, data.train_images, data.batch)                               # Z_T  [n, d]
+    if len(data.test_images):
+        z_test = evaluation.encode(encoder.features, data.test_images, data.batch)
+        save(folder / "representations_test.pt", z_test.cpu())
+        if data.labelled:
+            knn = evaluation.knn_accuracy(z, data.train_labels, z_test, data.test_labels)
+            print(f"teacher: kNN accuracy {knn:.1f}%", flush=True)
+            run.log.write({"stage": "teacher", "knn": knn})
+    save(folder / "representations.pt", check_representations(z.cpu(), "the teacher's representations"))
+
+
+def check_representations(z, source, n=None):
+    """z as float32 [n, d], or InputError if it has another shape, is not finite, or is constant."""
+    if z.dim() != 2 or (n is not None and len(z) != n):
+        raise InputError(f"{source}: expected one row for each of the {n} training images, got shape {list(z.shape)}")
+    z = z.float()
+    if not z.isfinite().all():
+        raise InputError(f"{source}: {int((~z.isfinite()).sum())} of {z.numel()} numbers are NaN or infinite")
+    if (z == z[0]).all():
+        raise InputError(f"{source}: every image has the same representation, so there is nothing to learn from them")
+    return z
+
+
+def read_representations(path, n):
+    """--representations FILE: [n, d] numbers from .npy or .pt, by any model, in the order of the training images."""
+    if Path(path).suffix == ".npy":
+        try:
+            z = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is not a readable .npy file of numbers ({error})") from error
+    else:
+        z = load(path)
+        if not torch.is_tensor(z):
+            raise InputError(f"{path} holds a {type(z).__name__}, not a tensor [n, d]")
+    return check_representations(z, path, n)
+
+
+def student(run, d):
+    """A freshly built ConvNet with output dimension d, for its architecture, and the function f(theta, x)."""
+    model = ConvNet(d, run.dataset.image_size, run.settings["width"]).to(run.device)
+    return model, functional(model)
+
+
+def experts_stage(run):
+    """Trains the expert trajectories that are missing: experts/expert_000.pt ..., each flat float32 [T + 1, P]."""
+    s, data, folder = run.settings, run.dataset, run.run_dir
+    run.claim(folder, "experts", "experts/*.pt")
+    missing = [i for i in range(s["experts"]) if not expert_file(folder, i).exists()]
+    if not missing:
+        return
+    z = load(folder / "representations.pt").to(run.device)
+    model, f = student(run, z.shape[1])
+    size, P = s["expert_batch"], flat_parameters(model).numel()
+    epochs = s["expert_epochs"]
+    steps = len(missing) * epochs * math.ceil(len(z) / size)
+    print(f"experts: {len(missing)} x {epochs} epochs, {len(missing) * (epochs + 1) * P * 4 / 1e6:.0f} MB", flush=True)
+    theta = flat_parameters(model)
+    step = sgd_step(kd_loss(f), s["expert_momentum"], s["expert_decay"])
+    example = theta, torch.zeros_like(theta), data.batch(data.train_images[:size]), z[:size], s["expert_lr"]
+    step = run.speed_up(folder, "experts")(step, example, steps)
+    run.log.start()
+    for done, i in enumerate(missing):
+        theta = flat_parameters(build(lambda: student(run, z.shape[1])[0], run.seed, "expert", i))
+        trajectory = train_expert(step, theta, data.train_images, z, data.batch, epochs, s["expert_lr"], size,
+                                  stream(run.seed, "expert", i))
+        if not trajectory[-1].isfinite().all():
+            raise InputError(f"experts: expert {i} diverged (lower --expert-lr, now {s['expert_lr']})")
+        save(expert_file(folder, i), trajectory)
+        if run.log.due() or done + 1 == len(missing):
+            losses = [loss_per_image(f, [theta.to(run.device)], data.train_images[:1000], z[:1000], data.batch).mean()
+                      for theta in trajectory]
+            run.log("experts", done + 1, len(missing), unit="expert",
+                    loss_per_epoch=" ".join(f"{loss:.4f}" for loss in losses))
+
+
+def expert_file(folder, i):
+    """Where expert i is kept."""
+    return folder / "experts" / f"expert_{i:03d}.pt"
+
+
+def init_stage(run):
+    """Chooses the initial distilled set: SET/init.pt, their indices and the loss of every training image."""
+    s, data, folder = run.settings, run.dataset, run.run_dir
+    z = load(folder / "representations.pt")
+    run.claim(run.set_dir, "init", "init.pt")
+    if (run.set_dir / "init.pt").exists():
+        return
+    _, f = student(run, z.shape[1])
+    thetas = [load(expert_file(folder, i))[1].to(run.device) for i in range(s["experts"])]
+    losses = loss_per_image(f, thetas, data.train_images, z.to(run.device), data.batch).cpu()
+    if s["init"] == "high_loss":
+        chosen = evaluation.highest(losses, run.size)
+    else:
+        chosen = torch.randperm(len(z), generator=generator(run.seed, "init"))[:run.size]
+    save(run.set_dir / "init.pt", {"indices": chosen, "losses": losses})
+
+
+def distill_stage(run):
+    """Distils: SET/distilled.pt, its snapshots every 1,000 iterations, and distilled.png."""
+    s, data, folder = run.settings, run.dataset, run.set_dir
+    run.claim(folder, "distill", "distill*")
+    result = folder / "distilled.pt"
+    if result.exists() and load(result)["iterations"] >= s["iterations"]:
+        return
+    if s["max_start_epoch"] + s["match_epochs"] > s["expert_epochs"]:
+        raise InputError(f"T+ + M = {s['max_start_epoch']} + {s['match_epochs']} lies beyond the experts' last epoch, "
+                         f"{s['expert_epochs']}: raise --expert-epochs")
+    z = load(run.run_dir / "representations.pt")
+    chosen = load(folder / "init.pt")["indices"]
+    images = data.batch(data.train_images[chosen.to(run.device)])
+    z_syn = z[chosen].to(run.device)
+    model, f = student(run, z.shape[1])
+    trajectories = [load(expert_file(run.run_dir, i), mmap=True) for i in range(s["experts"])]
+    speed_up, size = run.speed_up(folder, "distill"), min(s["syn_batch"], len(images))
+    theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
+    gradient = speed_up(inner_gradient(kd_loss(f)), (theta, images[:size], z_syn[:size]), steps, name="gradient")
+    adjoint = speed_up(inner_adjoint(kd_loss(f)), (theta, images[:size], z_syn[:size], theta), steps, name="adjoint")
+
+    def write(iteration, images, lr, path):
+        save(path, {"images": images.cpu().contiguous(), "representations": z_syn.cpu(), "lr": lr.item(),
+                    "mean": data.mean, "std": data.std, "indices": chosen, "dataset": run.dataset_name,
+                    "percent": s["percent"], "iterations": iteration})
+
+    final, lr = distill(
+        gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"], s["syn_steps"],
+        s["match_epochs"], s["max_start_epoch"], s["pixel_lr"], s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"],
+        s["syn_batch"], s["clip"], run.seed, run.log, run.checkpoint(folder, "distill_checkpoint.pt"),
+        lambda iteration, images, lr: write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt"))
+    write(s["iterations"], final, lr, result)
+    picture = draw_picture(images, final, data.mean, data.std)
+    write_file(folder / "distilled.png", lambda file: picture.save(file, "PNG"))
+    print(f"distill: {result}, picture {folder / 'distilled.png'}", flush=True)
+
+
+def eval_stage(run):
+    """Evaluates the distilled set beside its baselines (eval.py) and prints the table."""
+    run.claim(run.set_dir, "eval", "results.*")
+    evaluation.main(["--run-dir", str(run.set_dir), "--data-dir", str(run.data_dir), "--device", str(run.device)])
+
+
+STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage, "distill": distill_stage,
+          "eval": eval_stage}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+def resolve(dataset, given):
+    """All settings for `dataset`: the paper's, changed by its rows, changed by `given` (flags). Returns a dict."""
+    percent = given.get("percent", SETTINGS["percent"][1])
+    known = dataset if dataset in DATASETS else "cifar10"
+    rows = [p for d, p in ROWS if d == known]
+    row = min(rows, key=lambda p: abs(math.log(p / percent))) if percent > 0 else rows[0]
+    if dataset not in DATASETS or row != percent:
+        print(f"settings: no row for {dataset} at {percent:g}%, taking that of {known} at {row}%")
+    settings = {k: default for k, (_, default, _) in SETTINGS.items()}
+    if given.get("ssl") == "simclr":
+        settings.update(SIMCLR)
+    settings.update(DATASETS[known])
+    settings.update(ROWS[known, row])
+    # Only epochs 0 .. T+ + M of an expert are ever read; the rate is constant, so training may stop at the largest
+    # T+ + M of the data set's rows and the trajectories are those of longer training.
+    settings["expert_epochs"] = max(r["max_start_epoch"] + r["match_epochs"] for (d, _), r in ROWS.items() if d == known)
+    settings.update(given)
+    return settings
+
+
+def check_settings(settings):
+    """Raises InputError for values that cannot work."""
+    zero_is_fine = {"train_images", "image_size", "max_pool", "max_start_epoch", "clip", "teacher_decay", "gray", "lambd",
+                    "expert_decay", "expert_momentum", "syn_momentum", "syn_lr_lr", "pixel_lr", "iterations"}
+    for name, value in settings.items():
+        if isinstance(value, str):
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero_is_fine):
+            least = "at least 0" if name in zero_is_fine else "positive"
+            raise InputError(f"--{name.replace('_', '-')} {value} must be {least}")
+    for name, choices in (("ssl", ("barlow", "simclr")), ("init", ("high_loss", "random")),
+                          ("bf16", ("auto", "on", "off"))):
+        if settings[name] not in choices:
+            raise InputError(f"--{name} {settings[name]} must be one of {', '.join(choices)}")
+
+
+def parse(argv):
+    """(args, the settings given as flags) from a command line."""
+    class Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+        pass
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all", help="one stage, or all of them in order")
+    parser.add_argument("--dataset", default="cifar10",
+                        help=f"{', '.join(DATASETS)}; a folder with train/ and test/ inside; or an .npz file")
+    parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept")
+    parser.add_argument("--run-dir", help="where results go (default: runs/DATASET)")
+    parser.add_argument("--representations", metavar="FILE",
+                        help=".pt or .npy [n, d] of any other model, instead of the teacher stage")
+    parser.add_argument("--seed", type=int, default=0, help="fixes every random draw")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
+                        help="torch.compile the steps; auto: where it pays")
+    parser.add_argument("--force", action="store_true", help="make again what was made with other settings")
+    parser.add_argument("--checkpoint-minutes", type=float, default=5.0, help="minutes between checkpoints")
+    parser.add_argument("--log-seconds", type=float, default=10.0, help="seconds between progress lines")
+    groups = {}
+    for name, (stage, default, text) in SETTINGS.items():
+        if stage not in groups:
+            groups[stage] = parser.add_argument_group(f"settings: {stage}")
+        groups[stage].add_argument(f"--{name.replace('_', '-')}", type=type(default), default=argparse.SUPPRESS,
+                                   metavar=type(default).__name__.upper(), help=f"{text} (default: {default:.4g})"
+                                   if isinstance(default, float) else f"{text} (default: {default})")
+    args = parser.parse_args(argv)
+    return args, {k: v for k, v in vars(args).items() if k in SETTINGS}
+
+
+def main(argv=None):
+    """The command line. Exit code 2 and one line on stderr for anything the user can put right."""
+    args, given = parse(argv)
+    try:
+        settings = resolve(args.dataset, given)
+        check_settings(settings)
+        run = Run(args, settings)
+        for name in STAGES if args.stage == "all" else [args.stage]:
+            STAGES[name](run)
+    except InputError as error:
+        print(f"mkdt.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("mkdt.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,258 @@
+"""Networks and losses of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025): everything here is a plain function of tensors.
+
+    ConvNet                 the student of section 5: what experts, the distilled set and evaluation train
+    ResNet, resnet10/18     the teacher, and the larger encoders of Table 5
+    projector               the heads of the two self-supervised losses (appendix A.1)
+    barlow_twins_loss       Eq. 1
+    nt_xent_loss            SimCLR's loss (Chen et al. 2020), for Table 6
+    functional, flat_parameters   a network as a function of one flat parameter vector theta
+
+Every encoder has `features(x)`, the penultimate representation that is probed, and `forward(x)`, its output.
+"""
+import hashlib
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers: each draw has a name
+# ---------------------------------------------------------------------------------------------------------------------
+def stream(seed, *name):
+    """A 63-bit seed for the draw called `name` (words and numbers), e.g. stream(0, "expert", 3, "order", epoch).
+
+    Every random number of the project comes from a generator seeded so. Nothing then depends on what was drawn
+    before, expert i is the same whether 5 or 100 are trained, and an interrupted run needs no generator state.
+    """
+    digest = hashlib.sha256(repr((int(seed), *name)).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def generator(seed, *name, device="cpu"):
+    """A torch.Generator on `device` for the draw called `name`; see `stream`."""
+    return torch.Generator(device=device).manual_seed(stream(seed, *name))
+
+
+def build(make, seed, *name):
+    """make() with its initial weights drawn from the stream called `name`; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(seed, *name))
+        return make()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoders
+# ---------------------------------------------------------------------------------------------------------------------
+class InstanceNorm(nn.Module):
+    """Instance norm with affine parameters, GroupNorm with one channel a group (Ulyanov et al. 2016).
+
+    Written out in elementary operations because the compiler fuses those with their neighbours and
+    differentiates them twice; nn.GroupNorm is opaque to both.
+    """
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x):                                                      # [B, C, H, W]
+        var, mean = torch.var_mean(x, dim=(2, 3), correction=0, keepdim=True)  # [B, C, 1, 1]
+        scale = torch.rsqrt(var + self.eps) * self.weight[:, None, None]
+        return (x - mean) * scale + self.bias[:, None, None]
+
+
+class ConvNet(nn.Module):
+    """The student: `depth` blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then one linear
+    layer to the teacher's dimension (section 5; depth 3 for 32-pixel images, 4 for 64).
+
+    features: [B, width * (size / 2^depth)^2], the flattened last block, for images of any size.
+    forward:  [B, out_dim], the representation that is matched by MSE, for images of `image_size` pixels.
+    """
+
+    def __init__(self, out_dim, image_size=32, width=128, depth=None):
+        super().__init__()
+        depth = depth or convnet_depth(image_size)
+        side = image_size // 2**depth
+        if side < 1:
+            raise ValueError(f"{image_size}-pixel images are too small for {depth} poolings of 2x2")
+        channels = [3] + [width] * depth
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels, channels[1:]))
+        self.norms = nn.ModuleList(InstanceNorm(width) for _ in range(depth))
+        self.head = nn.Linear(width * side * side, out_dim)
+
+    def features(self, x):                                       # [B, 3, H, W], normalised
+        for conv, norm in zip(self.convs, self.norms):
+            x = F.avg_pool2d(F.relu(norm(conv(x))), 2)           # [B, width, H/2, W/2]
+        return x.flatten(1)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def convnet_depth(image_size):
+    """Depth of the ConvNet for images of `image_size` pixels: 3 at 32 and 4 at 64 (section 5)."""
+    return 4 if image_size >= 64 else 3
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions with batch norm and a shortcut (He et al. 2016)."""
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.shortcut = nn.Sequential(nn.Conv2d(in_channels, channels, 1, stride, bias=False),
+                                          nn.BatchNorm2d(channels))
+
+    def forward(self, x):
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+class ResNet(nn.Module):
+    """ResNet with the CIFAR stem: 3x3 convolution of stride 1; max-pooling only where `max_pool` asks (TinyImageNet).
+
+    features: [B, 8 * width], the pooled last stage (512 at width 64: the teacher's representation, appendix A.1).
+    forward:  the features, or a linear map of them to `out_dim` (when the ResNet is itself a student, Table 5).
+    """
+
+    def __init__(self, blocks, out_dim=None, width=64, max_pool=False):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(width)
+        self.pool = nn.MaxPool2d(3, 2, padding=1) if max_pool else nn.Identity()
+        layers, channels = [], width
+        for stage, count in enumerate(blocks):
+            for i in range(count):
+                layers.append(BasicBlock(channels, width * 2**stage, stride=2 if stage > 0 and i == 0 else 1))
+                channels = width * 2**stage
+        self.layers = nn.Sequential(*layers)
+        self.feature_dim = channels
+        self.head = nn.Linear(channels, out_dim) if out_dim else nn.Identity()
+
+    def features(self, x):                                          # [B, 3, H, W], normalised
+        x = self.pool(F.relu(self.bn(self.conv(x))))
+        return self.layers(x).mean(dim=(2, 3))                      # [B, 8 * width]
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+
+def resnet10(out_dim=None, width=64, max_pool=False):
+    """ResNet-10: one block a stage (Table 5)."""
+    return ResNet([1, 1, 1, 1], out_dim, width, max_pool)
+
+
+def resnet18(out_dim=None, width=64, max_pool=False):
+    """ResNet-18: two blocks a stage (the teacher; Table 5)."""
+    return ResNet([2, 2, 2, 2], out_dim, width, max_pool)
+
+
+def projector(ssl, dim):
+    """The head between a teacher's `dim`-wide features and its self-supervised loss (appendix A.1).
+
+    ssl: "barlow": dim -> dim -> 1024, as in mix-bt, which the paper follows; "simclr": dim -> dim -> 128.
+    """
+    if ssl == "barlow":
+        return nn.Sequential(nn.Linear(dim, dim, bias=False), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, 1024))
+    if ssl == "simclr":
+        return nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU(),
+                             nn.Linear(dim, 128), nn.BatchNorm1d(128))
+    raise ValueError(f"unknown self-supervised loss {ssl!r}: choose barlow or simclr")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Self-supervised losses
+# ---------------------------------------------------------------------------------------------------------------------
+def barlow_twins_loss(z1, z2, lambd):
+    """Barlow Twins, Eq. 1: sum_i (1 - F_ii)^2 + lambda * sum_{i != j} F_ij^2.
+
+    z1, z2: [B, d], projections of two views of the same B images. F is their [d, d] cross-correlation: each output
+    is standardised over the batch first (Zbontar et al. 2021), so that F_ij lies in [-1, 1].
+    lambd: weight of the off-diagonal terms; 1/128 on CIFAR, 1/1024 on TinyImageNet.
+    """
+    z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))    # mean 0, variance 1 per dimension
+    corr = z1.T @ z2 / len(z1)                                                 # F                 [d, d]
+    on_diagonal = (1 - corr.diagonal()).square().sum()
+    off_diagonal = corr.square().sum() - corr.diagonal().square().sum()
+    return on_diagonal + lambd * off_diagonal
+
+
+def nt_xent_loss(z1, z2, temperature=0.5):
+    """SimCLR's normalised temperature-scaled cross-entropy (Chen et al. 2020, Eq. 1), averaged over the 2B views.
+
+    z1, z2: [B, d], projections of two views of the same B images. Each view's positive is the other view of its
+    image; the remaining 2B - 2 views are its negatives.
+    """
+    z = F.normalize(torch.cat([z1, z2]))                                       # [2B, d]
+    similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))         # a view is no negative of itself
+    positive = torch.arange(len(z), device=z.device).roll(len(z1))             # i <-> i + B
+    return F.cross_entropy(similarity, positive)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A network as a function of one flat vector
+# ---------------------------------------------------------------------------------------------------------------------
+def flat_parameters(model):
+    """All parameters of `model` copied into one vector theta [P], in the order of model.parameters()."""
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def load_flat_parameters(model, theta):
+    """Copies theta [P] into the parameters of `model`; the inverse of `flat_parameters`."""
+    with torch.no_grad():
+        for p, value in zip(model.parameters(), theta.split([p.numel() for p in model.parameters()])):
+            p.copy_(value.view_as(p))
+    return model
+
+
+def functional(model):
+    """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
+
+    Pure and without in-place operations, so that it can be differentiated twice and compiled. `model` lends only
+    its architecture; it must have no buffers that training changes (no batch norm).
+    """
+    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()))
+    sizes = [shape.numel() for shape in shapes]
+
+    def f(theta, x):
+        parameters = {n: v.view(s) for n, v, s in zip(names, theta.split(sizes), shapes)}
+        return torch.func.functional_call(model, parameters, (x,))
+
+    return f
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compilation
+# ---------------------------------------------------------------------------------------------------------------------
+def compile_if_it_pays(f, example, steps, mode, passes=1):
+    """f or its compiled version, whether it is compiled, and seconds a call.
+
+    mode: "on", "off", or "auto": compiled if `steps` calls would take more than two minutes as they are; compiling
+    takes about half a minute and roughly halves a call. passes: what a call costs with its backward pass, in calls.
+    Falls back on f, saying so, where no working compiler is found.
+    """
+    def clock(g):
+        began = time.monotonic()
+        g(*example)
+        if example[0].is_cuda:
+            torch.cuda.synchronize()
+        return (time.monotonic() - began) * passes
+
+    clock(f)
+    seconds = clock(f)
+    if mode == "on" or (mode == "auto" and seconds * steps > 120):
+        compiled = torch.compile(f, fullgraph=True, dynamic=False)
+        try:
+            clock(compiled)
+            return compiled, True, clock(compiled)
+        except Exception as error:                                     # no C++ compiler, no Triton, ...
+            print(f"compiling failed ({str(error).splitlines()[0]}): going on without", flush=True)
+    return f, False, seconds
