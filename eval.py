@@ -197,10 +197,10 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
         if save_encoder:
             save(Path(save_encoder) / f"{name.replace('@', '_at_')}_{seed}.pt", encoder.state_dict())
         for task in tasks:
-            mse = None
+            features, mse = encode(encoder.features, task.test_images, task.batch), None
             if task is own and z_test is not None:                                        # Eq. 2, on the test images
-                mse = (encode(encoder, task.test_images, task.batch) - z_test).square().mean().item()
-            features = encode(encoder.features, task.test_images, task.batch)
+                with torch.no_grad():
+                    mse = F.mse_loss(encoder.head(features), z_test).item()
             for percent in percents:
                 record = find(records, name, task.name, percent, made_from)
                 if seed in record["seeds"]:
@@ -237,13 +237,14 @@ def read_results(run_dir, made_from):
 
 def write_results(run_dir, records, percent):
     """results.json, with means and deviations (percent; ddof 0, as the authors compute them), and results.md."""
-    for r in records:
+    for r in (r for r in records if r["seeds"]):
         scores = torch.tensor(r["accuracies"], dtype=torch.float64)
         known = [m for m in r["mses"] if m is not None]
         r.update(distilled_percent=percent, mean=scores.mean().item(), std=scores.std(correction=0).item(),
                  mse=sum(known) / len(known) if known else None)
-    save_json(run_dir / "results.json", records)
-    write_file(run_dir / "results.md", lambda file: file.write(table(records, percent).encode()))
+    done = [r for r in records if r["seeds"]]
+    save_json(run_dir / "results.json", done)
+    write_file(run_dir / "results.md", lambda file: file.write(table(done, percent).encode()))
 
 
 def table(records, percent):

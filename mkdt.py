@@ -156,7 +156,7 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
         loss.backward()
         optimizer.step()
         if log.due() or step + 1 == steps:
-            value = finite(loss, f"teacher: the loss at step {step} (lower --teacher-lr, now {peak_lr})")
+            value = finite(loss, f"teacher: the loss at step {step}", f"lower --teacher-lr, {peak_lr:g}")
             log("teacher", step + 1, steps, epoch=step // per_epoch, loss=value)
         if checkpoint.due():
             checkpoint.save(step + 1, model=model, optimizer=optimizer)
@@ -323,28 +323,31 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
         lr -= syn_lr_lr * state["lr_velocity"]
         losses.append(loss)
         distances.append(distance)
-        if log.due() or s + 1 == iterations:
-            where = f"distill: iteration {s}, expert {i}, start epoch {t}: "
-            mean_loss = finite(torch.stack(losses).mean(), where + "matching loss (lower --pixel-lr or set --clip 2)")
-            if float(lr) <= 0:
-                raise InputError(f"{where}the learned rate became {float(lr):.3g} (lower --syn-lr-lr, {syn_lr_lr})")
-            log("distill", s + 1, iterations, loss=mean_loss, lr=float(lr),
-                moved=(images - initial).abs().mean().item(), travelled=torch.stack(distances).mean().item(),
-                **({"clipped": torch.stack(clipped).float().mean().item()} if clip else {}))
-            losses, distances, clipped = [], [], []
-        if (s + 1) % 1000 == 0 and s + 1 < iterations:
+        last = s + 1 == iterations
+        if log.due() or checkpoint.due() or last:
+            where = f"distill: iteration {s}, expert {i}, start epoch {t}"
+            mean_loss = finite(torch.stack(losses).mean(), f"{where}: the matching loss", "lower --pixel-lr or set --clip")
+            moved = finite((images - initial).abs().mean(), f"{where}: the images' mean change", "lower --pixel-lr")
+            if not finite(lr, f"{where}: the learned rate", "lower --syn-lr-lr") > 0:
+                raise InputError(f"{where}: the learned rate became {float(lr):.3g}: lower --syn-lr-lr, {syn_lr_lr:g}")
+            if log.due() or last:
+                log("distill", s + 1, iterations, loss=mean_loss, lr=float(lr), moved=moved,
+                    travelled=torch.stack(distances).mean().item(),
+                    **({"clipped": torch.stack(clipped).float().mean().item()} if clip else {}))
+                losses, distances, clipped = [], [], []
+            if checkpoint.due():                                                  # after the checks: a good state
+                checkpoint.save(s + 1, **state)
+        if (s + 1) % 1000 == 0 and not last:
             snapshot(s + 1, images, lr)
-        if checkpoint.due():
-            checkpoint.save(s + 1, **state)
     checkpoint.save(max(first, iterations), **state)                         # so that more iterations can be asked for later
     return images, lr
 
 
-def finite(tensor, what):
-    """float(tensor), or InputError naming `what` if it is NaN or infinite."""
+def finite(tensor, what, remedy):
+    """The number in `tensor`, or InputError naming `what` and the remedy if it is NaN or infinite."""
     value = tensor.item()
     if not math.isfinite(value):
-        raise InputError(f"{what} is {value}")
+        raise InputError(f"{what} is {value}: {remedy}")
     return value
 
 
@@ -462,12 +465,12 @@ def pick_device(name):
 def teacher_stage(run):
     """Trains the teacher and encodes the data: teacher.pt, representations.pt [n, d], representations_test.pt [m, d]."""
     s, data, folder = run.settings, run.dataset, run.run_dir
+    given = run.representations_file and read_representations(run.representations_file, len(data.train_images))
     run.claim(folder, "teacher", "teacher*.pt", "representations*.pt")
     if (folder / "representations.pt").exists():
         return
-    if run.representations_file:
-        z = read_representations(run.representations_file, len(data.train_images))
-        return save(folder / "representations.pt", z)
+    if given is not None:
+        return save(folder / "representations.pt", given)
     encoder = build(lambda: models.resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"])),
                     run.seed, "teacher")
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
@@ -587,9 +590,6 @@ def distill_stage(run):
     result = folder / "distilled.pt"
     if result.exists() and load(result)["iterations"] >= s["iterations"]:
         return
-    if s["max_start_epoch"] + s["match_epochs"] > s["expert_epochs"]:
-        raise InputError(f"T+ + M = {s['max_start_epoch']} + {s['match_epochs']} lies beyond the experts' last epoch, "
-                         f"{s['expert_epochs']}: raise --expert-epochs")
     z = load(run.run_dir / "representations.pt")
     chosen = load(folder / "init.pt")["indices"]
     images = data.batch(data.train_images[chosen.to(run.device)])
@@ -660,6 +660,10 @@ def check_settings(settings):
         if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero_is_fine):
             least = "at least 0" if name in zero_is_fine else "positive"
             raise InputError(f"--{name.replace('_', '-')} {value} must be {least}")
+    last_read = settings["max_start_epoch"] + settings["match_epochs"]
+    if last_read > settings["expert_epochs"]:
+        raise InputError(f"T+ + M = {last_read} lies beyond the experts' last epoch, {settings['expert_epochs']}: "
+                         f"raise --expert-epochs to {last_read}")
     for name, choices in (("ssl", ("barlow", "simclr")), ("init", ("high_loss", "random")),
                           ("bf16", ("auto", "on", "off"))):
         if settings[name] not in choices:
