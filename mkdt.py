@@ -15,10 +15,9 @@ Bare defaults are the paper's. Everything is written below --run-dir; a run that
 """
 import argparse
 import copy
-import json
 import math
 import sys
-import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -614,13 +613,17 @@ def distill_stage(run):
     write(s["iterations"], final, lr, result)
     picture = draw_picture(images, final, data.mean, data.std)
     write_file(folder / "distilled.png", lambda file: picture.save(file, "PNG"))
-    print(f"distill: {result}, picture {folder / 'distilled.png'}", flush=True)
 
 
 def eval_stage(run):
-    """Evaluates the distilled set beside its baselines (eval.py) and prints the table."""
+    """Evaluates the distilled set beside its baselines (eval.py) and prints the table and where the picture is."""
     run.claim(run.set_dir, "eval", "results.*")
-    evaluation.main(["--run-dir", str(run.set_dir), "--data-dir", str(run.data_dir), "--device", str(run.device)])
+    if not run.dataset.labelled:
+        return print(f"eval: {run.dataset.name} has no labels in both splits; to probe on another data set:\n"
+                     f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
+    evaluation.evaluate(run.set_dir, data_dir=run.data_dir, device=run.device, compile=run.compile)
+    print(f"\n{(run.set_dir / 'results.md').read_text()}\nresults: {run.set_dir / 'results.md'}\n"
+          f"picture: {run.set_dir / 'distilled.png'}")
 
 
 STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage, "distill": distill_stage,
@@ -648,6 +651,13 @@ def resolve(dataset, given):
     settings["expert_epochs"] = max(r["max_start_epoch"] + r["match_epochs"] for (d, _), r in ROWS.items() if d == known)
     settings.update(given)
     return settings
+
+
+def describe(settings, stage):
+    """One line with the settings of a stage."""
+    own = (stage, "length") if stage == "distill" else (stage,)
+    return "  ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in settings.items()
+                     if SETTINGS[k][0] in own)
 
 
 def check_settings(settings):
@@ -704,11 +714,13 @@ def parse(argv):
 def main(argv=None):
     """The command line. Exit code 2 and one line on stderr for anything the user can put right."""
     args, given = parse(argv)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")             # torch's own, of its own parts
     try:
         settings = resolve(args.dataset, given)
         check_settings(settings)
         run = Run(args, settings)
         for name in STAGES if args.stage == "all" else [args.stage]:
+            print(f"{name}: {describe(settings, name)}", flush=True)
             STAGES[name](run)
     except InputError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)
