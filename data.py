@@ -25,6 +25,8 @@ import torch
 import torchvision
 from PIL import Image
 
+from models import first_line
+
 # Channel means and standard deviations in [0, 1]. Those of the authors' code: the pixel learning rates of Table 8 are
 # in units of these deviations. Any other data set is normalised with its own training statistics.
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -59,8 +61,9 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.chmod(beside, 0o666 & ~UMASK)
         os.replace(beside, path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror}; earlier files are untouched") from error
+    except (OSError, RuntimeError) as error:                 # torch.save turns a full disk into a RuntimeError
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise InputError(f"cannot write {path}: {reason}; earlier files are untouched") from error
     finally:
         Path(beside).unlink(missing_ok=True)
 
@@ -83,17 +86,18 @@ def read_json(path):
     """The value in a JSON file; InputError if there is none."""
     try:
         return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error})") from None
 
 
 def fingerprint(*values):
-    """Eight hexadecimal digits that change with any of `values`: tensors by their content, files (Path) likewise."""
+    """Eight hexadecimal digits that change with any of `values`: tensors and files (Path) by their content."""
     digest = hashlib.sha256()
     for value in values:
         if torch.is_tensor(value):
+            digest.update(repr((value.dtype, value.shape)).encode())
             digest.update(np.ascontiguousarray(value.cpu().numpy()).tobytes())
         elif isinstance(value, Path):
             try:
@@ -117,12 +121,11 @@ def load(path, **options):
             raise InputError(f"{path} is damaged ({damaged} fails its checksum): delete it and run the stage again")
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
+        raise InputError(f"{path} does not exist: run the stage that makes it first (--stage all)") from None
     except InputError:
         raise
     except Exception as error:                              # pickle, zip and torch each have a family of their own
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{path} cannot be read as a torch file of plain data: {first_line}") from error
+        raise InputError(f"{path} cannot be read as a torch file of plain data: {first_line(error)}") from error
 
 
 class Checkpoint:
@@ -245,6 +248,7 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     Raises InputError if the data cannot be had.
     """
     path = Path(name)
+    given_name = path.stem if path.suffix == ".npz" else path.resolve().name
     if name in BUILDERS:
         cache = Path(data_dir) / f"{name}.npz"
         arrays = read_npz(cache) if cache.exists() else cached(cache, lambda: BUILDERS[name](Path(data_dir)))
@@ -253,7 +257,7 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     elif path.is_dir():
         size = image_size or 32
         listing = hashlib.sha256(repr(_listing(path)).encode()).hexdigest()[:8]     # a changed folder is read again
-        cache = Path(data_dir) / f"{path.resolve().name}-{size}px-{listing}.npz"
+        cache = Path(data_dir) / f"{given_name}-{size}px-{listing}.npz"
         arrays = read_npz(cache) if cache.exists() else cached(cache, lambda: read_folder(path, size))
     else:
         raise InputError(f"unknown data set {name!r}: give one of {', '.join(BUILDERS)}, the path of a folder with "
@@ -264,14 +268,22 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     if name in STATISTICS:
         mean, std = STATISTICS[name]
     else:
-        pixels = arrays["train_images"].reshape(-1, 3)
-        mean = tuple(float(m) / 255 for m in pixels.mean(axis=0, dtype=np.float64))
-        std = tuple(max(float(s) / 255, 1e-3) for s in pixels.std(axis=0, dtype=np.float64))
+        mean, std = channel_statistics(arrays["train_images"])
     for key in ("train_images", "train_labels") if train_images else ():
         arrays[key] = arrays[key][:train_images]
     images = {k: torch.from_numpy(arrays[k]).to(device).permute(0, 3, 1, 2) for k in ("train_images", "test_images")}
     labels = {k: torch.from_numpy(arrays[k]).to(device) for k in ("train_labels", "test_labels")}
-    return Dataset(path.stem if path.suffix == ".npz" else path.name, mean=mean, std=std, **images, **labels)
+    return Dataset(given_name, mean=mean, std=std, **images, **labels)
+
+
+def channel_statistics(images):
+    """Mean and standard deviation per channel, in [0, 1], of uint8 images [N, H, W, 3], from counts of the 256 values."""
+    value, mean, std = np.arange(256) / 255, [], []
+    for channel in range(3):
+        share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
+        mean.append(float(share @ value))
+        std.append(max(float(share @ (value - mean[-1]) ** 2) ** 0.5, 1e-3))       # a constant channel stays finite
+    return tuple(mean), tuple(std)
 
 
 def cached(path, make):
@@ -350,19 +362,22 @@ def _tinyimagenet(data_dir):
     annotations = root / "val" / "val_annotations.txt"
     try:
         wnids = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+        train = [(p, i) for i, w in enumerate(wnids) for p in sorted((root / "train" / w / "images").iterdir())]
         val = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
+        test = [(root / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]
     except OSError as error:
         raise InputError(f"{error.filename} is missing: {root} is not the official TinyImageNet folder; delete it to "
                          "have it fetched again") from error
-    train = [(p, i) for i, w in enumerate(wnids) for p in sorted((root / "train" / w / "images").iterdir())]
-    test = [(root / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]
+    except ValueError as error:
+        raise InputError(f"{annotations} is not the official file ({error}): delete {root} to have it fetched again") \
+            from error
     return _decode({"train": train, "test": test}, 64)
 
 
 def _listing(folder):
-    """Every file below `folder` with its size and time of change, sorted."""
+    """Every file below folder/train and folder/test with its size and time of change, sorted."""
     return [(str(p.relative_to(folder)), p.stat().st_size, p.stat().st_mtime_ns)
-            for p in sorted(folder.rglob("*")) if p.is_file()]
+            for split in ("train", "test") for p in sorted((folder / split).rglob("*")) if p.is_file()]
 
 
 def read_folder(folder, size):

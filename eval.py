@@ -21,11 +21,12 @@ import torch
 import torch.nn.functional as F
 
 from data import InputError, Log, fingerprint, load, load_dataset, read_json, save, save_json, write_file
-from models import ConvNet, build, compile_if_it_pays, generator
+from models import ConvNet, build, compile_if_it_pays, generator, pick_device
 
 PAPER_NAMES = {"none": "No Pre-Training", "random": "Random Subset", "random@mkdt": "Random Subset, learned rate",
                "high_loss": "High Loss Subset", "high_loss@mkdt": "High Loss Subset, learned rate",
                "mkdt": "MKDT", "full": "Full Data"}
+SETS = ("none", "random", "high_loss", "mkdt", "full")
 DEFAULT_SETS = ("none", "random", "random@mkdt", "high_loss", "mkdt", "full")
 
 
@@ -33,23 +34,23 @@ DEFAULT_SETS = ("none", "random", "random@mkdt", "high_loss", "mkdt", "full")
 # Pre-training (Eq. 9) and features
 # ---------------------------------------------------------------------------------------------------------------------
 def pretrain(encoder, images, representations, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
-             prepare=lambda x: x, loss=None):
+             prepare=lambda x: x, fast_loss=None):
     """Trains `encoder` in place to map `images` to `representations` by MSE (Eq. 9) and returns it in eval mode.
 
     images [n, 3, H, W] (`prepare` normalises a batch if they are stored as uint8), representations [n, d].
     SGD with constant rate `lr`; min(batch_size, n) images a step, the short last batch kept; `seed` fixes the order.
-    loss(x, z): the encoder's loss, if a faster form of F.mse_loss(encoder(x), z) is at hand.
+    fast_loss(x, z): F.mse_loss(encoder(x), z) compiled for batches of exactly `batch_size`, if it is at hand.
     Raises InputError if the weights end up non-finite.
     """
-    loss = loss or (lambda x, z: F.mse_loss(encoder(x), z))
     optimizer = torch.optim.SGD(encoder.parameters(), lr, momentum, weight_decay=weight_decay)
     encoder.train()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator(seed, "pretrain order", epoch)).to(images.device)
         for batch in order.split(batch_size):
-            value = loss(prepare(images[batch]), representations[batch])
+            x, z = prepare(images[batch]), representations[batch]
+            loss = fast_loss(x, z) if fast_loss and len(x) == batch_size else F.mse_loss(encoder(x), z)
             optimizer.zero_grad()
-            value.backward()
+            loss.backward()
             optimizer.step()
     if not all(p.isfinite().all() for p in encoder.parameters()):
         raise InputError(f"pre-training on {len(images)} images at rate {lr:.3g} diverged: give the set a lower rate")
@@ -95,10 +96,10 @@ def accuracy(W, b, features, labels):
 
 def labelled_subset(n, percent, seed):
     """Indices of the labelled images: floor(n * percent / 100) of n, drawn uniformly (not by class), sorted."""
-    count = math.floor(n * percent / 100 + 1e-9)
-    if count < 1:
-        raise InputError(f"{percent:g}% of {n} training images is no image: raise --labels")
-    return torch.randperm(n, generator=generator(seed, "labels", percent))[:count].sort().values
+    count = math.floor(n * percent / 100 + 1e-9) if math.isfinite(percent) else 0
+    if not 1 <= count <= n:
+        raise InputError(f"{percent:g}% of {n} training images is {count} images: --labels must leave from 1 to {n}")
+    return torch.randperm(n, generator=generator(seed, "labels", float(percent)))[:count].sort().values
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200, temperature=0.5):
@@ -116,27 +117,37 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200
 # ---------------------------------------------------------------------------------------------------------------------
 # The sets to pre-train on
 # ---------------------------------------------------------------------------------------------------------------------
-def pretraining_set(name, seed, dataset, representations, size, losses, distilled, default_lr):
+def parse_set(name):
+    """(base, rate) of a set's name: ("random", "0.3") for random@0.3; InputError if there is no such set."""
+    base, _, rate = name.partition("@")
+    try:
+        if base not in SETS or (rate and rate != "mkdt" and not 0 < float(rate) < math.inf):
+            raise ValueError
+    except ValueError:
+        raise InputError(f"unknown pre-training set {name!r}: choose from {', '.join(SETS)}, with a rate of its own as "
+                         "in random@0.3, or the learned one, random@mkdt") from None
+    return base, rate
+
+
+def pretraining_set(name, seed, dataset, representations, losses, distilled, default_lr):
     """(images, representations, lr) of the set called `name`, or None for `none`.
 
-    name: none; random (redrawn per seed); high_loss (the `size` images with the largest `losses` [n]); mkdt
-        (`distilled`, the dict of distilled.pt); full. `name@0.3` sets the rate and `name@mkdt` takes the learned one;
-        otherwise it is the learned rate for mkdt and `default_lr` for real images.
+    name: none; random (as many images as the distilled set has, redrawn per seed); high_loss (as many, those with the
+        largest `losses` [n]); mkdt (`distilled`, the dict of distilled.pt); full. name@0.3 sets the rate, name@mkdt
+        takes the learned one; otherwise it is the learned rate for mkdt and `default_lr` for real images.
     """
-    base, _, rate = name.partition("@")
-    lr = distilled["lr"] if rate == "mkdt" or (base == "mkdt" and not rate) else float(rate or default_lr)
+    base, rate = parse_set(name)
+    n, size = len(representations), len(distilled["images"])
+    learned = rate == "mkdt" or (base == "mkdt" and not rate)
+    lr = distilled["lr"] if learned else float(rate or default_lr)
     if base == "none":
         return None
     if base == "mkdt":
         return distilled["images"], distilled["representations"], lr
-    if base == "full":
-        chosen = torch.arange(len(representations))
-    elif base == "random":
-        chosen = torch.randperm(len(representations), generator=generator(seed, "random subset"))[:size]
-    elif base == "high_loss":
-        chosen = highest(losses, size)
-    else:
-        raise InputError(f"unknown pre-training set {name!r}: choose from {', '.join(PAPER_NAMES)}, or NAME@RATE")
+    chosen = {"full": lambda: torch.arange(n),
+              "random": lambda: torch.randperm(n, generator=generator(seed, "random subset"))[:size],
+              "high_loss": lambda: highest(losses, size)}[base]()
+    chosen = chosen.to(dataset.train_images.device)
     return dataset.train_images[chosen], representations[chosen], lr
 
 
@@ -156,67 +167,109 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
     columns, data sets to probe on; the run's own if none. save_encoder: a folder that receives each pre-trained
     encoder as SET_SEED.pt. Returns the list of records.
     """
-    run_dir, shared = Path(run_dir), Path(run_dir).parent
-    s = read_json(run_dir / "config.json")["settings"]
-    distilled = load(run_dir / "distilled.pt")
-    made_from = fingerprint(distilled["images"], distilled["lr"], {k: s[k] for k in s if k.startswith("pretrain")})
-    distilled = {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()}
+    run_dir = Path(run_dir).resolve()
+    s, distilled = read_json(run_dir / "config.json")["settings"], load(run_dir / "distilled.pt")
     own = load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"])
-    tasks = [own if t == distilled["dataset"] else load_dataset(t, data_dir, device=device)
-             for t in tasks or [distilled["dataset"]]]
-    for task in tasks:
-        if not task.labelled:
-            raise InputError(f"{task.name} has no labels for both splits, so it cannot be probed: give --tasks")
-    z = load(shared / "representations.pt").to(device)                                                # Z_T     [n, d]
-    z_test = load(shared / "representations_test.pt").to(device) if (shared / "representations_test.pt").exists() \
-        else None
-    losses = load(run_dir / "init.pt")["losses"]
+    z, losses = load(run_dir.parent / "representations.pt").to(device), load(run_dir / "init.pt")["losses"]
+    if not torch.equal(z[distilled["indices"].to(device)].cpu(), distilled["representations"]):
+        raise InputError(f"{run_dir / 'distilled.pt'} was made with other representations than those in "
+                         f"{run_dir.parent}: distil again (--force)")
+    z_test = load(run_dir.parent / "representations_test.pt").to(device) \
+        if (run_dir.parent / "representations_test.pt").exists() else None
+    columns = {}
+    for name in tasks or [distilled["dataset"]]:                            # a task is the whole data set, always
+        columns[name] = load_dataset(name, data_dir, s["image_size"] if name == distilled["dataset"] else 0, device)
+        if not columns[name].labelled:
+            raise InputError(f"{name} has no labels for both splits, so it cannot be probed: give --tasks")
+        for percent in percents:
+            labelled_subset(len(columns[name].train_images), percent, 0)    # refuses what cannot be drawn, beforehand
+    records = read_results(run_dir, lambda name: identity(name, s, z, losses, distilled))
+    made_from = {name: identity(name, s, z, losses, distilled) for name in sets}
 
-    encoder = ConvNet(z.shape[1], own.image_size, s["width"]).to(device).to(memory_format=torch.channels_last)
-    plain_loss = fast_loss = lambda x, target: F.mse_loss(encoder(x), target)
-    records = read_results(run_dir, made_from)
-    log = Log(run_dir / "log.jsonl", interval=0)
-    todo = [(name, seed) for seed in seeds for name in sets
-            if any(seed not in find(records, name, t.name, p, made_from)["seeds"] for t in tasks for p in percents)]
+    def record_of(name, task, percent):
+        return find(records, name, task, percent, made_from[name])
+
+    def missing(name, seed):
+        return any(seed not in record_of(name, t, p)["seeds"] for t in columns for p in percents) or \
+            (save_encoder and not encoder_file(save_encoder, name, seed).exists())
+
+    todo = [(name, seed) for seed in dict.fromkeys(seeds) for name in sets if missing(name, seed)]
+    distilled = {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()}
+    log, encoder = Log(run_dir / "log.jsonl"), ConvNet(z.shape[1], own.image_size, s["width"])
+    encoder = encoder.to(device).to(memory_format=torch.channels_last)
+    fast_loss = pretraining_loss(encoder, own, z, s, sum(name == "full" for name, _ in todo), compile)
     for done, (name, seed) in enumerate(todo):
         # The compiled loss belongs to this one encoder object, so each new encoder is loaded into it.
-        fresh = build(lambda: ConvNet(z.shape[1], own.image_size, s["width"]), seed, "evaluation encoder")
-        encoder.load_state_dict(fresh.state_dict())
-        chosen = pretraining_set(name, seed, own, z, len(distilled["images"]), losses, distilled, s["pretrain_lr"])
+        encoder.load_state_dict(build(lambda: ConvNet(z.shape[1], own.image_size, s["width"]), seed,
+                                      "evaluation encoder").state_dict())
+        chosen = pretraining_set(name, seed, own, z, losses, distilled, s["pretrain_lr"])
         if chosen:
-            images, targets, lr = chosen
-            prepare = own.batch if images.dtype == torch.uint8 else lambda x: x
-            size = min(s["pretrain_batch"], len(images))
-            if fast_loss is plain_loss and len(images) >= s["pretrain_batch"]:
-                steps = len(todo) * s["pretrain_epochs"] * len(images) // size // (len(sets) if name == "full" else 1)
-                fast_loss, _, _ = compile_if_it_pays(plain_loss, (prepare(images[:size]), targets[:size]), steps,
-                                                     compile, passes=3)
-            pretrain(encoder, images, targets, lr, s["pretrain_epochs"], seed, size, prepare=prepare,
-                     loss=lambda x, y: (fast_loss if len(x) == s["pretrain_batch"] else plain_loss)(x, y))
+            prepare = own.batch if chosen[0].dtype == torch.uint8 else lambda x: x
+            pretrain(encoder, *chosen, s["pretrain_epochs"], seed, s["pretrain_batch"], prepare=prepare,
+                     fast_loss=fast_loss)
         encoder.eval()
         if save_encoder:
-            save(Path(save_encoder) / f"{name.replace('@', '_at_')}_{seed}.pt", encoder.state_dict())
-        for task in tasks:
+            save(encoder_file(save_encoder, name, seed), encoder.state_dict())
+        scores = {}
+        for t, task in columns.items():
             features, mse = encode(encoder.features, task.test_images, task.batch), None
-            if task is own and z_test is not None:                                        # Eq. 2, on the test images
-                with torch.no_grad():
-                    mse = F.mse_loss(encoder.head(features), z_test).item()
+            if t == distilled["dataset"] and z_test is not None:                          # Eq. 2, on the test images
+                mse = F.mse_loss(encode(encoder.head, features, lambda x: x), z_test).item()
             for percent in percents:
-                record = find(records, name, task.name, percent, made_from)
-                if seed in record["seeds"]:
-                    continue
-                subset = labelled_subset(len(task.train_images), percent, seed).to(device)
-                classifier = linear_probe(encode(encoder.features, task.train_images[subset], task.batch),
-                                          task.train_labels[subset], int(task.train_labels.max()) + 1)
-                record["seeds"].append(seed)
-                record["accuracies"].append(accuracy(*classifier, features, task.test_labels))
-                record["mses"].append(mse)
-                record["lr"] = chosen[2] if chosen else None
+                scores[f"{percent:g}%"] = score = probe(encoder, task, features, percent, seed)
+                record = record_of(name, t, percent)
+                if seed not in record["seeds"]:
+                    record["seeds"].append(seed)
+                    record["accuracies"].append(score)
+                    record["mses"].append(mse)
+                    record["lr"] = chosen[2] if chosen else None
         write_results(run_dir, records, distilled["percent"])
-        log("eval", done + 1, len(todo), unit="set", set=name, seed=seed,
-            **{f"{p:g}%": find(records, name, tasks[0].name, p, made_from)["accuracies"][-1] for p in percents})
+        if log.due() or done + 1 == len(todo):
+            log("eval", done + 1, len(todo), unit="set", set=name, seed=seed, **scores)
     write_results(run_dir, records, distilled["percent"])
     return records
+
+
+def probe(encoder, task, test_features, percent, seed):
+    """Test accuracy of a linear probe on the `percent` of the task's training labels that `seed` draws."""
+    subset = labelled_subset(len(task.train_images), percent, seed).to(task.train_images.device)
+    labels = task.train_labels[subset]
+    if (labels == labels[0]).all():
+        raise InputError(f"the {len(labels)} labelled images ({percent:g}% of {task.name}, seed {seed}) are all of one "
+                         "class: raise --labels")
+    features = encode(encoder.features, task.train_images[subset], task.batch)
+    classifier = linear_probe(features, labels, int(task.train_labels.max()) + 1)
+    return accuracy(*classifier, test_features, task.test_labels)
+
+
+def pretraining_loss(encoder, dataset, representations, settings, full_runs, compile):
+    """The encoder's MSE compiled for full batches where that pays, i.e. for `full_runs` times the full data set."""
+    size = settings["pretrain_batch"]
+    steps = full_runs * settings["pretrain_epochs"] * (len(representations) // size)
+    if not steps:
+        return None
+    example = dataset.batch(dataset.train_images[:size]), representations[:size]
+    loss, compiled, _ = compile_if_it_pays(lambda x, z: F.mse_loss(encoder(x), z), example, steps, compile, backward=True)
+    encoder.zero_grad()
+    return loss if compiled else None
+
+
+def encoder_file(folder, name, seed):
+    """Where --save-encoder keeps the encoder pre-trained on the set `name`."""
+    return Path(folder) / f"{name.replace('@', '_at_')}_{seed}.pt"
+
+
+def identity(name, settings, representations, losses, distilled):
+    """Eight hexadecimal digits of all that a row's accuracies depend on beside task and seed."""
+    base, rate = parse_set(name)
+    depends = [name, settings["width"], representations, len(distilled["images"])]
+    if base != "none":
+        depends += [settings[k] for k in ("pretrain_epochs", "pretrain_batch", "pretrain_lr")]
+    if base == "mkdt":
+        depends += [distilled["images"]]
+    if base == "mkdt" or rate == "mkdt":
+        depends += [distilled["lr"]]
+    return fingerprint(*depends, *([losses] if base == "high_loss" else []))
 
 
 def find(records, name, task, percent, made_from):
@@ -229,10 +282,10 @@ def find(records, name, task, percent, made_from):
     return records[-1]
 
 
-def read_results(run_dir, made_from):
-    """The records of results.json that still hold: those of this very distilled set and these settings."""
+def read_results(run_dir, identify):
+    """The records of results.json that still hold: those whose set would be made from the same things now."""
     path = run_dir / "results.json"
-    return [r for r in read_json(path) if r.get("made_from") == made_from] if path.exists() else []
+    return [r for r in (read_json(path) if path.exists() else []) if r["made_from"] == identify(r["pretraining"])]
 
 
 def write_results(run_dir, records, percent):
@@ -256,7 +309,7 @@ def table(records, percent):
              "|---|---|---|" + "---|" * (len(tasks) + mse)]
     for labels in sorted({r["labels_percent"] for r in records}):
         rows = [r for r in records if r["labels_percent"] == labels]
-        names = sorted({r["pretraining"] for r in rows}, key=lambda n: [*PAPER_NAMES, n].index(n))
+        names = sorted({r["pretraining"] for r in rows}, key=lambda n: ([*PAPER_NAMES, n].index(n), n))
         for name in names:
             cells = {r["task"]: r for r in rows if r["pretraining"] == name}
             one = next(iter(cells.values()))
@@ -266,19 +319,27 @@ def table(records, percent):
                 shown.append(f"{one['mse']:.4f}" if one["mse"] is not None else "")
             rate = f"{one['lr']:.3g}" if one["lr"] else ""
             lines.append(f"| {labels:g}% | {PAPER_NAMES.get(name, name)} | {rate} | " + " | ".join(shown) + " |")
+    lines += ["", "MKDT minus each set, paired by seed: mean +- standard error over seeds", "",
+              "| Labels | Pre-training set | " + " | ".join(tasks) + " |", "|---|---|" + "---|" * len(tasks)]
+    for labels in sorted({r["labels_percent"] for r in records}):
+        differences = {t: paired(records, "mkdt", t, labels) for t in tasks}
+        for name in dict.fromkeys(n for d in differences.values() for n in d):
+            shown = ["{:+.2f} +- {:.2f} ({})".format(*differences[t][name]) if name in differences[t] else ""
+                     for t in tasks]
+            lines.append(f"| {labels:g}% | {PAPER_NAMES.get(name, name)} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 
-def paired(records, against, task, percent):
-    """{set: (mean, standard error)} of the difference to the set `against` over the seeds that both have (ddof 1)."""
+def paired(records, name, task, percent):
+    """{other set: (mean, standard error, seeds)} of the accuracy of `name` minus the other's, over the seeds that both
+    have (ddof 1; sets with fewer than two in common are left out)."""
     rows = {r["pretraining"]: dict(zip(r["seeds"], r["accuracies"])) for r in records
             if r["task"] == task and r["labels_percent"] == percent}
-    base, result = rows[against], {}
-    for name, scores in rows.items():
-        common = [s for s in scores if s in base]
-        if name != against and len(common) > 1:
-            d = torch.tensor([scores[s] - base[s] for s in common], dtype=torch.float64)
-            result[name] = d.mean().item(), (d.std(correction=1) / len(d) ** 0.5).item()
+    own, result = rows.get(name, {}), {}
+    for other, scores in rows.items():
+        d = torch.tensor([own[s] - scores[s] for s in scores if s in own], dtype=torch.float64)
+        if other != name and len(d) > 1:
+            result[other] = d.mean().item(), (d.std(correction=1) / len(d) ** 0.5).item(), len(d)
     return result
 
 
@@ -291,7 +352,7 @@ def main(argv=None):
                                      allow_abbrev=False)
     parser.add_argument("--run-dir", required=True, help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
     parser.add_argument("--sets", nargs="+", default=DEFAULT_SETS, metavar="SET",
-                        help=f"pre-training sets: {', '.join(PAPER_NAMES)}, or any with a rate, random@0.3 "
+                        help=f"pre-training sets: {', '.join(SETS)}, or any at another rate: random@0.3, random@mkdt "
                              f"(default: {' '.join(DEFAULT_SETS)})")
     parser.add_argument("--tasks", nargs="+", default=[], metavar="DATASET",
                         help="data sets to probe on (default: the run's own)")
@@ -300,15 +361,19 @@ def main(argv=None):
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
+                        help="torch.compile pre-training on the full data; auto: where it pays (default: auto)")
     parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
     args = parser.parse_args(argv)
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        records = evaluate(args.run_dir, args.sets, args.tasks, args.labels, args.seeds, args.data_dir, device,
-                           args.save_encoder)
-    except InputError as error:
+        evaluate(args.run_dir, args.sets, args.tasks, args.labels, args.seeds, args.data_dir, pick_device(args.device),
+                 args.save_encoder, args.compile)
+    except ValueError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("eval.py: stopped; the same command goes on with the cells that are missing", file=sys.stderr)
+        return 130
     print((Path(args.run_dir) / "results.md").read_text())
     return 0
 

@@ -30,7 +30,7 @@ import models
 from data import (Checkpoint, InputError, Log, denormalize, duration, fingerprint, load, load_dataset, normalize,
                   read_json, save, save_json, two_views, write_file)
 from models import (ConvNet, barlow_twins_loss, build, compile_if_it_pays, flat_parameters, functional, generator,
-                    nt_xent_loss, stream)
+                    nt_xent_loss, pick_device, stream)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -143,7 +143,7 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
         return teacher_loss(model, view1, view2, ssl, lambd, temperature, bf16)
 
     untouched = copy.deepcopy(model.state_dict())                    # trial calls would move batch norm's statistics
-    loss_of = speed_up(loss_of, views(0), steps, passes=3)
+    loss_of = speed_up(loss_of, views(0), steps, backward=True)
     model.load_state_dict(untouched)
     first = checkpoint.restore(model=model, optimizer=optimizer)
     log.start(first)
@@ -154,11 +154,12 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if log.due() or step + 1 == steps:
+        if log.due() or checkpoint.due() or step + 1 == steps:
             value = finite(loss, f"teacher: the loss at step {step}", f"lower --teacher-lr, {peak_lr:g}")
-            log("teacher", step + 1, steps, epoch=step // per_epoch, loss=value)
-        if checkpoint.due():
-            checkpoint.save(step + 1, model=model, optimizer=optimizer)
+            if log.due() or step + 1 == steps:
+                log("teacher", step + 1, steps, epoch=step // per_epoch, loss=value)
+            if checkpoint.due():
+                checkpoint.save(step + 1, model=model, optimizer=optimizer)
     return model.eval()
 
 
@@ -202,11 +203,9 @@ def train_expert(step, theta, images, representations, prepare, epochs, lr, batc
 # ---------------------------------------------------------------------------------------------------------------------
 def loss_per_image(f, thetas, images, representations, prepare):
     """MSE of each image averaged over the experts' weights `thetas` after epoch 1 (section 4.2) -> [n]."""
-    total = torch.zeros(len(images), device=images.device)
-    for theta in thetas:
-        z = evaluation.encode(lambda x: f(theta, x), images, prepare)
-        total += (z - representations).square().mean(dim=1)
-    return total / len(thetas)
+    losses = [(evaluation.encode(lambda x: f(theta, x), images, prepare) - representations).square().mean(dim=1)
+              for theta in thetas]
+    return torch.stack(losses).mean(dim=0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,67 +278,68 @@ def clip_per_image(grad, medians, step, factor):
     start at t = 0 can have gradients hundreds of times the usual, and one such step ruins the images.
     Returns (clipped gradient, number of images whose gradient was clipped).
     """
-    norms = grad.flatten(1).norm(dim=1)                                                 # [n]
-    medians[step % len(medians)] = norms.median()
+    norms = grad.flatten(1).norm(dim=1)                                                                        # [n]
+    medians[step % len(medians)] = torch.where(norms > 0, norms, torch.nan).nanmedian()    # 0: not in any mini-batch
     limit = factor * medians.nanmedian()
-    scale = (limit / norms).clamp(max=1)
+    scale = (limit / norms.clamp(min=1e-30)).clamp(max=1)
     return grad * scale.view(-1, *[1] * (grad.dim() - 1)), (scale < 1).sum()
 
 
 def distill(gradient, adjoint, expert, experts, images, representations, iterations, syn_steps, match_epochs,
             max_start_epoch, pixel_lr, syn_lr, syn_lr_lr, momentum, batch_size, clip, seed, log, checkpoint,
             snapshot=lambda iteration, images, lr: None):
-    """Algorithm 1, lines 4 to 19. Returns the distilled images [n, 3, H, W] and the learned rate.
+    """Algorithm 1, lines 4 to 19. Returns the distilled images [n, 3, H, W], the learned rate and the iterations done.
 
     gradient, adjoint: see `matching_gradient`. expert(i): trajectory i of `experts`, [T + 1, P], on the CPU.
     images, representations: D_syn and Z_syn as initialised; Z_syn stays fixed.
     snapshot(iteration, images, lr) is called every 1,000 iterations.
-    Raises InputError when the loss or the gradient is not finite, or the learned rate not positive.
+    Logged, as means since the last line: Eq. 4's loss; the learned rate; mean absolute change of the pixels (in
+    standard deviations); the inner loop's distance from theta*_t over the expert's; images clipped an iteration.
+    Raises InputError when one of them is not finite, or the learned rate not positive.
     """
-    device = images.device
+    device, initial = images.device, images
     state = {"images": images.clone(), "velocity": torch.zeros_like(images),
              "lr": torch.tensor(float(syn_lr), device=device), "lr_velocity": torch.zeros((), device=device),
              "medians": torch.full((101,), float("nan"), device=device)}
     first = checkpoint.restore(**state)
-    initial, images, lr = images, state["images"], state["lr"]
-    losses, distances, clipped = [], [], []
+    images, lr, recent = state["images"], state["lr"], []
     log.start(first)
     for s in range(first, iterations):                                                             # line 5
         rng = generator(seed, "distill", s)
         i = int(torch.randint(experts, (), generator=rng))                                         # line 6
         t = int(torch.randint(max_start_epoch + 1, (), generator=rng))                             # line 7, t <= T+
-        trajectory = expert(i)
-        theta, target = (trajectory[e].to(device) for e in (t, t + match_epochs))                  # line 9
+        theta, target = (expert(i)[e].to(device) for e in (t, t + match_epochs))                   # line 9
         batches = [b.to(device) for b in draw_batches(len(images), syn_steps, batch_size, rng)]    # lines 10 - 12
-        loss, grad_images, grad_lr, distance = matching_gradient(                                  # lines 13 - 17
+        loss, grad_images, grad_lr, travelled = matching_gradient(                                 # lines 13 - 17
             gradient, adjoint, theta, target, images, representations, lr, batches)
+        clipped = torch.zeros_like(loss)
         if clip:
-            grad_images, count = clip_per_image(grad_images, state["medians"], s, clip)
-            clipped.append(count)
+            grad_images, clipped = clip_per_image(grad_images, state["medians"], s, clip)
         state["velocity"].mul_(momentum).add_(grad_images)                                         # line 18
         state["lr_velocity"].mul_(momentum).add_(grad_lr)
         images -= pixel_lr * state["velocity"]
         lr -= syn_lr_lr * state["lr_velocity"]
-        losses.append(loss)
-        distances.append(distance)
-        last = s + 1 == iterations
-        if log.due() or checkpoint.due() or last:
+
+        recent.append(torch.stack([loss, travelled.sqrt(), clipped.to(loss)]))
+        last, milestone = s + 1 == iterations, (s + 1) % 1000 == 0
+        show = log.due() or last
+        if show or milestone or checkpoint.due():                    # only here does the CPU wait for the device
+            means = torch.stack(recent).mean(dim=0).tolist()
+            numbers = {"loss": means[0], "lr": lr.item(), "moved": (images - initial).abs().mean().item(),
+                       "travelled": means[1], **({"clipped": means[2]} if clip else {})}
             where = f"distill: iteration {s}, expert {i}, start epoch {t}"
-            mean_loss = finite(torch.stack(losses).mean(), f"{where}: the matching loss", "lower --pixel-lr or set --clip")
-            moved = finite((images - initial).abs().mean(), f"{where}: the images' mean change", "lower --pixel-lr")
-            if not finite(lr, f"{where}: the learned rate", "lower --syn-lr-lr") > 0:
-                raise InputError(f"{where}: the learned rate became {float(lr):.3g}: lower --syn-lr-lr, {syn_lr_lr:g}")
-            if log.due() or last:
-                log("distill", s + 1, iterations, loss=mean_loss, lr=float(lr), moved=moved,
-                    travelled=torch.stack(distances).mean().item(),
-                    **({"clipped": torch.stack(clipped).float().mean().item()} if clip else {}))
-                losses, distances, clipped = [], [], []
-            if checkpoint.due():                                                  # after the checks: a good state
+            for name, value in numbers.items():
+                if not math.isfinite(value) or (name == "lr" and value <= 0):
+                    raise InputError(f"{where}: {name} is {value:.3g} (lower --pixel-lr {pixel_lr:g}, --syn-lr-lr "
+                                     f"{syn_lr_lr:g} or set --clip 2; the last good state is kept)")
+            if show:
+                log("distill", s + 1, iterations, **numbers)
+                recent = []
+            if milestone:
+                snapshot(s + 1, images, lr)
+            if checkpoint.due() or last:                             # kept at the end, so that it can be extended
                 checkpoint.save(s + 1, **state)
-        if (s + 1) % 1000 == 0 and not last:
-            snapshot(s + 1, images, lr)
-    checkpoint.save(max(first, iterations), **state)                         # so that more iterations can be asked for later
-    return images, lr
+    return images, lr, max(first, iterations)
 
 
 def finite(tensor, what, remedy):
@@ -393,79 +393,87 @@ class Run:
             raise InputError(f"--percent {settings['percent']:g} of {len(self.dataset.train_images)} training images "
                              f"is {self.size} images: it must leave at least one and at most all")
         self.representations_file = args.representations
+        self.data_fingerprint = fingerprint(self.dataset.train_images, self.dataset.test_images, self.dataset.mean,
+                                            self.dataset.std)
         self.log = Log(self.run_dir / "log.jsonl", args.log_seconds)
 
+    def folder(self, stage):
+        """Where a stage's files and the config.json that describes them lie."""
+        return self.run_dir if stage in ("teacher", "experts") else self.set_dir
+
     def inputs(self, stage):
-        """What `stage` depends on: its own settings and those of the stages above it, the seed and the data."""
-        stages = ["data", "teacher", "experts", "init", "distill", "eval"]
-        upstream = stages[:stages.index(stage) + 1]
+        """What `stage` depends on: its settings and those of the stages above it, the seed, the data, and the content
+        of the files that it reads from the stages above."""
+        upstream = ["data", *STAGES][:list(STAGES).index(stage) + 2]
         values = {k: self.settings[k] for k, (s, *_) in SETTINGS.items() if s in upstream}
         if self.representations_file:
             values = {k: v for k, v in values.items() if SETTINGS[k][0] != "teacher"}
-            values["representations"] = fingerprint(Path(self.representations_file))
-        return {"dataset": self.dataset.name, "data": fingerprint(self.dataset.train_images), "seed": self.seed, **values}
+            values["representations_file"] = fingerprint(Path(self.representations_file))
+        reads = {} if stage == "teacher" else {"representations": self.run_dir / "representations.pt"}
+        if stage in ("distill", "eval"):
+            reads["initial_images"] = self.set_dir / "init.pt"
+        return {"dataset": self.dataset.name, "data": self.data_fingerprint, "seed": self.seed, **values,
+                **{k: fingerprint(path) for k, path in reads.items() if path.exists()}}
 
-    def claim(self, folder, stage, *outputs):
-        """Ties the files `outputs` (patterns) of `stage` in `folder` to what they depend on, in its config.json.
+    def differences(self, stage):
+        """What `stage` was made with that is otherwise now, as {name: (then, now)}; empty if it was not made yet."""
+        config = self.config(self.folder(stage)).get(stage)
+        then, now = (config["inputs"], self.inputs(stage)) if config else ({}, {})
+        return {k: (then.get(k), now.get(k)) for k in [*then, *now] if then.get(k) != now.get(k)}
 
-        Raises InputError if they were made with anything else, saying what differs; --force removes them instead.
-        """
-        path, inputs = folder / "config.json", self.inputs(stage)
-        config = read_json(path) if path.exists() else {}
-        old = config.get(stage, {}).get("inputs", inputs)
-        if old != inputs:
-            differs = ", ".join(f"{k} {old.get(k)} -> {inputs.get(k)}" for k in sorted({*old, *inputs})
-                                if old.get(k) != inputs.get(k))
-            if not self.force:
-                raise InputError(f"{folder} holds the stage {stage} of another run ({differs}): give another "
-                                 "--run-dir, or --force to make it and what follows again")
-            print(f"{stage}: made again ({differs})")
-            for pattern in outputs:
-                for file in folder.glob(pattern):
-                    file.unlink()
-        if stage not in config or old != inputs:
-            config[stage] = {"inputs": inputs}
-        config["settings"] = {"dataset": self.dataset_name, "seed": self.seed, **self.settings}
-        config["versions"] = {"torch": torch.__version__, "device": str(self.device)}
-        save_json(path, config)
+    def check(self, requested):
+        """Refuses, before anything runs, to mix `requested` stages with others made with other settings."""
+        last = list(STAGES).index(requested[-1])
+        for stage in list(STAGES)[:last + 1]:
+            differs = self.differences(stage)
+            if differs and not (self.force and stage in requested):
+                told = ", ".join(f"{k} {then} -> {now}" for k, (then, now) in differs.items())
+                raise InputError(f"{self.folder(stage)} holds the stage {stage} of another run ({told}): give another "
+                                 "--run-dir, or --force to make it (and, with --stage all, what follows) again")
 
-    def speed_up(self, folder, stage):
+    def claim(self, stage, *outputs):
+        """Ties the files `outputs` (patterns) of `stage` to its inputs; with --force, removes those of other inputs."""
+        self.check([stage])
+        folder, config, differs = self.folder(stage), self.config(self.folder(stage)), self.differences(stage)
+        if differs:
+            print(f"{stage}: made again ({', '.join(differs)})", flush=True)
+            for file in (f for pattern in outputs for f in folder.glob(pattern)):
+                file.unlink()
+        if differs or stage not in config:
+            config[stage] = {"inputs": self.inputs(stage)}
+        # The protocol of evaluation is kept as it is unless evaluation itself is asked for with another.
+        kept = {k: v for k, v in config.get("settings", {}).items()
+                if stage != "eval" and SETTINGS.get(k, ("",))[0] == "eval"}
+        config["settings"] = {"dataset": self.dataset_name, "seed": self.seed, **self.settings, **kept}
+        config["versions"] = {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()}
+        save_json(folder / "config.json", config)
+
+    def config(self, folder):
+        """The content of a folder's config.json; empty if there is none."""
+        return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+
+    def speed_up(self, stage):
         """A function speed_up(f, example, steps) that times f, says what the stage will take, and compiles f if that
         pays. The choice is kept in config.json, so that a resumed run computes the same numbers."""
-        def choose(f, example, steps, passes=1, name="step"):
-            config = read_json(folder / "config.json")
+        folder = self.folder(stage)
+
+        def choose(f, example, steps, backward=False, name="step"):
+            config = self.config(folder)
             kept = config[stage].setdefault("compiled", {})
             mode = self.compile if name not in kept else "on" if kept[name] else "off"
-            f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, passes)
+            f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, backward)
             save_json(folder / "config.json", config)
             print(f"{stage}: {steps} x {name}, {'compiled' if kept[name] else 'eager'}, about "
                   f"{duration(seconds * steps)}", flush=True)
             return f
         return choose
 
-    def checkpoint(self, folder, name):
-        return Checkpoint(folder / name, self.minutes)
-
-
-def pick_device(name):
-    """The torch.device called `name`; "auto" is the GPU if there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except Exception as error:
-        raise InputError(f"--device {name} cannot be used here ({str(error).splitlines()[0]}): try auto or cpu") from error
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    return device
-
 
 def teacher_stage(run):
     """Trains the teacher and encodes the data: teacher.pt, representations.pt [n, d], representations_test.pt [m, d]."""
     s, data, folder = run.settings, run.dataset, run.run_dir
     given = run.representations_file and read_representations(run.representations_file, len(data.train_images))
-    run.claim(folder, "teacher", "teacher*.pt", "representations*.pt")
+    run.claim("teacher", "teacher*.pt", "representations*.pt")
     if (folder / "representations.pt").exists():
         return
     if given is not None:
@@ -477,11 +485,11 @@ def teacher_stage(run):
     if (folder / "teacher.pt").exists():
         encoder.load_state_dict(load(folder / "teacher.pt"))
     else:
-        checkpoint = run.checkpoint(folder, "teacher_checkpoint.pt")
+        checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", run.minutes)
         bf16 = s["bf16"] == "on" or (s["bf16"] == "auto" and run.device.type == "cuda")
         train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
                       s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"], bf16, run.seed,
-                      run.log, checkpoint, run.speed_up(folder, "teacher"))
+                      run.log, checkpoint, run.speed_up("teacher"))
         save(folder / "teacher.pt", encoder.state_dict())
         checkpoint.remove()
     encoder.eval()
@@ -499,8 +507,8 @@ def teacher_stage(run):
 def check_representations(z, source, n=None):
     """z as float32 [n, d], or InputError if it has another shape, is not finite, or is constant."""
     if z.dim() != 2 or (n is not None and len(z) != n):
-        raise InputError(f"{source}: expected one row for each of the {n} training images, got shape {list(z.shape)}")
-    z = z.float()
+        raise InputError(f"{source}: expected [n, d], a row for each of the {n} training images, not {list(z.shape)}")
+    z = z.detach().float()
     if not z.isfinite().all():
         raise InputError(f"{source}: {int((~z.isfinite()).sum())} of {z.numel()} numbers are NaN or infinite")
     if (z == z[0]).all():
@@ -531,7 +539,7 @@ def student(run, d):
 def experts_stage(run):
     """Trains the expert trajectories that are missing: experts/expert_000.pt ..., each flat float32 [T + 1, P]."""
     s, data, folder = run.settings, run.dataset, run.run_dir
-    run.claim(folder, "experts", "experts/*.pt")
+    run.claim("experts", "experts/*.pt")
     missing = [i for i in range(s["experts"]) if not expert_file(folder, i).exists()]
     if not missing:
         return
@@ -544,7 +552,7 @@ def experts_stage(run):
     theta = flat_parameters(model)
     step = sgd_step(kd_loss(f), s["expert_momentum"], s["expert_decay"])
     example = theta, torch.zeros_like(theta), data.batch(data.train_images[:size]), z[:size], s["expert_lr"]
-    step = run.speed_up(folder, "experts")(step, example, steps)
+    step = run.speed_up("experts")(step, example, steps)
     run.log.start()
     for done, i in enumerate(missing):
         theta = flat_parameters(build(lambda: student(run, z.shape[1])[0], run.seed, "expert", i))
@@ -569,11 +577,11 @@ def init_stage(run):
     """Chooses the initial distilled set: SET/init.pt, their indices and the loss of every training image."""
     s, data, folder = run.settings, run.dataset, run.run_dir
     z = load(folder / "representations.pt")
-    run.claim(run.set_dir, "init", "init.pt")
+    run.claim("init", "init.pt")
     if (run.set_dir / "init.pt").exists():
         return
     _, f = student(run, z.shape[1])
-    thetas = [load(expert_file(folder, i))[1].to(run.device) for i in range(s["experts"])]
+    thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
     losses = loss_per_image(f, thetas, data.train_images, z.to(run.device), data.batch).cpu()
     if s["init"] == "high_loss":
         chosen = evaluation.highest(losses, run.size)
@@ -585,9 +593,12 @@ def init_stage(run):
 def distill_stage(run):
     """Distils: SET/distilled.pt, its snapshots every 1,000 iterations, and distilled.png."""
     s, data, folder = run.settings, run.dataset, run.set_dir
-    run.claim(folder, "distill", "distill*")
+    run.claim("distill", "distill*")
     result = folder / "distilled.pt"
-    if result.exists() and load(result)["iterations"] >= s["iterations"]:
+    done = load(result)["iterations"] if result.exists() else 0
+    if done >= s["iterations"]:
+        if done > s["iterations"]:
+            print(f"distill: {result} has {done} iterations already; earlier ones are in distilled_*.pt", flush=True)
         return
     z = load(run.run_dir / "representations.pt")
     chosen = load(folder / "init.pt")["indices"]
@@ -595,7 +606,7 @@ def distill_stage(run):
     z_syn = z[chosen].to(run.device)
     model, f = student(run, z.shape[1])
     trajectories = [load(expert_file(run.run_dir, i), mmap=True) for i in range(s["experts"])]
-    speed_up, size = run.speed_up(folder, "distill"), min(s["syn_batch"], len(images))
+    speed_up, size = run.speed_up("distill"), min(s["syn_batch"], len(images))
     theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
     gradient = speed_up(inner_gradient(kd_loss(f)), (theta, images[:size], z_syn[:size]), steps, name="gradient")
     adjoint = speed_up(inner_adjoint(kd_loss(f)), (theta, images[:size], z_syn[:size], theta), steps, name="adjoint")
@@ -605,19 +616,19 @@ def distill_stage(run):
                     "mean": data.mean, "std": data.std, "indices": chosen, "dataset": run.dataset_name,
                     "percent": s["percent"], "iterations": iteration})
 
-    final, lr = distill(
+    final, lr, done = distill(
         gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"], s["syn_steps"],
         s["match_epochs"], s["max_start_epoch"], s["pixel_lr"], s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"],
-        s["syn_batch"], s["clip"], run.seed, run.log, run.checkpoint(folder, "distill_checkpoint.pt"),
+        s["syn_batch"], s["clip"], run.seed, run.log, Checkpoint(folder / "distill_checkpoint.pt", run.minutes),
         lambda iteration, images, lr: write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt"))
-    write(s["iterations"], final, lr, result)
     picture = draw_picture(images, final, data.mean, data.std)
     write_file(folder / "distilled.png", lambda file: picture.save(file, "PNG"))
+    write(done, final, lr, result)                                       # last: it is what marks the stage as finished
 
 
 def eval_stage(run):
     """Evaluates the distilled set beside its baselines (eval.py) and prints the table and where the picture is."""
-    run.claim(run.set_dir, "eval", "results.*")
+    run.claim("eval", "results.*")
     if not run.dataset.labelled:
         return print(f"eval: {run.dataset.name} has no labels in both splits; to probe on another data set:\n"
                      f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
@@ -636,9 +647,11 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 def resolve(dataset, given):
     """All settings for `dataset`: the paper's, changed by its rows, changed by `given` (flags). Returns a dict."""
     percent = given.get("percent", SETTINGS["percent"][1])
+    if not 0 < percent <= 100:
+        raise InputError(f"--percent {percent:g} must be positive and at most 100")
     known = dataset if dataset in DATASETS else "cifar10"
     rows = [p for d, p in ROWS if d == known]
-    row = min(rows, key=lambda p: abs(math.log(p / percent))) if percent > 0 else rows[0]
+    row = min(rows, key=lambda p: abs(p - percent))
     if dataset not in DATASETS or row != percent:
         print(f"settings: no row for {dataset} at {percent:g}%, taking that of {known} at {row}%")
     settings = {k: default for k, (_, default, _) in SETTINGS.items()}
@@ -664,12 +677,17 @@ def check_settings(settings):
     """Raises InputError for values that cannot work."""
     zero_is_fine = {"train_images", "image_size", "max_pool", "max_start_epoch", "clip", "teacher_decay", "gray", "lambd",
                     "expert_decay", "expert_momentum", "syn_momentum", "syn_lr_lr", "pixel_lr", "iterations"}
+    below_one = {"expert_momentum", "syn_momentum", "crop_scale", "gray"}
     for name, value in settings.items():
         if isinstance(value, str):
             continue
+        if name in below_one and value > 1:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be at most 1")
         if not math.isfinite(value) or value < 0 or (value == 0 and name not in zero_is_fine):
             least = "at least 0" if name in zero_is_fine else "positive"
             raise InputError(f"--{name.replace('_', '-')} {value} must be {least}")
+    if settings["teacher_batch"] < 2:
+        raise InputError("--teacher-batch 1 must be at least 2: batch norm and Eq. 1 need more than one image")
     last_read = settings["max_start_epoch"] + settings["match_epochs"]
     if last_read > settings["expert_epochs"]:
         raise InputError(f"T+ + M = {last_read} lies beyond the experts' last epoch, {settings['expert_epochs']}: "
@@ -719,10 +737,12 @@ def main(argv=None):
         settings = resolve(args.dataset, given)
         check_settings(settings)
         run = Run(args, settings)
-        for name in STAGES if args.stage == "all" else [args.stage]:
+        stages = list(STAGES) if args.stage == "all" else [args.stage]
+        run.check(stages)
+        for name in stages:
             print(f"{name}: {describe(settings, name)}", flush=True)
             STAGES[name](run)
-    except InputError as error:
+    except ValueError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

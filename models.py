@@ -230,21 +230,23 @@ def functional(model):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Compilation
+# Compilation and devices
 # ---------------------------------------------------------------------------------------------------------------------
-def compile_if_it_pays(f, example, steps, mode, passes=1):
+def compile_if_it_pays(f, example, steps, mode, backward=False):
     """f or its compiled version, whether it is compiled, and seconds a call.
 
-    mode: "on", "off", or "auto": compiled if `steps` calls would take more than two minutes as they are; compiling
-    takes about half a minute and roughly halves a call. passes: what a call costs with its backward pass, in calls.
-    Falls back on f, saying so, where no working compiler is found.
+    example: arguments to try f on. mode: "on", "off", or "auto": compiled if `steps` calls would take more than two
+    minutes as they are; compiling takes about half a minute and roughly halves a call. backward: f returns a loss
+    whose backward pass belongs to the call. Falls back on f, saying so, where no working compiler is found.
     """
     def clock(g):
         began = time.monotonic()
-        g(*example)
+        result = g(*example)
+        if backward:
+            result.backward()
         if example[0].is_cuda:
             torch.cuda.synchronize()
-        return (time.monotonic() - began) * passes
+        return time.monotonic() - began
 
     clock(f)
     seconds = clock(f)
@@ -254,5 +256,22 @@ def compile_if_it_pays(f, example, steps, mode, passes=1):
             clock(compiled)
             return compiled, True, clock(compiled)
         except Exception as error:                                     # no C++ compiler, no Triton, ...
-            print(f"compiling failed ({str(error).splitlines()[0]}): going on without", flush=True)
+            print(f"compiling failed ({first_line(error)}): going on without", flush=True)
     return f, False, seconds
+
+
+def pick_device(name):
+    """The torch.device called `name`; "auto" is the GPU if there is one. Raises ValueError if it cannot be used."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except Exception as error:
+        raise ValueError(f"--device {name} cannot be used here ({first_line(error)}): try auto or cpu") from error
+    return device
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
