@@ -30,9 +30,9 @@ SETS = ("none", "random", "high_loss", "mkdt", "full")
 DEFAULT_SETS = ("none", "random", "random@mkdt", "high_loss", "mkdt", "full")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pre-training (Eq. 9) and features
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def pretrain(encoder, images, representations, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
              prepare=lambda x: x, fast_loss=None):
     """Trains `encoder` in place to map `images` to `representations` by MSE (Eq. 9) and returns it in eval mode.
@@ -63,9 +63,9 @@ def encode(f, images, prepare, chunk=1000):
     return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Linear probe (Eq. 3)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
     """A linear classifier by full-batch LBFGS: minimises cross-entropy + weight * sum(W^2), the bias left free.
 
@@ -114,9 +114,9 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200
     return 100 * correct.item() / len(test_labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The sets to pre-train on
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def parse_set(name):
     """(base, rate) of a set's name: ("random", "0.3") for random@0.3; InputError if there is no such set."""
     base, _, rate = name.partition("@")
@@ -156,9 +156,9 @@ def highest(loss, count):
     return loss.cpu().sort(descending=True, stable=True).indices[:count]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # A table
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1, 2), data_dir="data", device="cpu",
              save_encoder=None, compile="auto"):
     """Computes the cells of a table that results.json in `run_dir` lacks, and rewrites results.json and results.md.
@@ -343,9 +343,9 @@ def paired(records, name, task, percent):
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def main(argv=None):
     """The command line; see the top of this file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -32,9 +32,9 @@ from data import (Checkpoint, InputError, Log, denormalize, duration, fingerprin
 from models import (ConvNet, barlow_twins_loss, build, compile_if_it_pays, flat_parameters, functional, generator,
                     nt_xent_loss, pick_device, stream)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Settings
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Every setting with its stage, the paper's value and its meaning. Each is a flag (--syn-steps 40) and is kept in the
 # run folder's config.json. A stage depends on its own settings and on those of the stages above it.
 SETTINGS = {
@@ -95,9 +95,9 @@ ROWS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def teacher_loss(model, view1, view2, ssl, lambd, temperature, bf16):
     """L_SSL of Eq. 6 for two normalised views [B, 3, H, W] of the same images: Barlow Twins or SimCLR's.
 
@@ -163,9 +163,9 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
     return model.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 2. Experts (Algorithm 1, line 2; Eq. 5 and 7)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def kd_loss(f):
     """L_KD of Eq. 5 as a function of (theta, x, z): the mean squared error over the batch and the d dimensions.
 
@@ -198,9 +198,9 @@ def train_expert(step, theta, images, representations, prepare, epochs, lr, batc
     return torch.stack(trajectory)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 3. Initial distilled set (Algorithm 1, line 3; section 4.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def loss_per_image(f, thetas, images, representations, prepare):
     """MSE of each image averaged over the experts' weights `thetas` after epoch 1 (section 4.2) -> [n]."""
     losses = [(evaluation.encode(lambda x: f(theta, x), images, prepare) - representations).square().mean(dim=1)
@@ -208,9 +208,9 @@ def loss_per_image(f, thetas, images, representations, prepare):
     return torch.stack(losses).mean(dim=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8)
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def inner_gradient(loss):
     """g(theta, x, z) = dL/dtheta: what one step of Eq. 8 subtracts, alpha_syn times."""
     return lambda theta, x, z: torch.func.grad(loss)(theta, x, z)
@@ -373,9 +373,9 @@ def draw_picture(initial, final, mean, std, columns=16, rows=3, zoom=3):
     return canvas
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stages: the functions above, tied to files
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 class Run:
     """A run: its settings, data and folders. `run_dir` is shared by every distilled set of one data set (teacher,
     experts); `set_dir` below it holds one distilled set."""
@@ -641,9 +641,9 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
           "eval": eval_stage}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 def resolve(dataset, given):
     """All settings for `dataset`: the paper's, changed by its rows, changed by `given` (flags). Returns a dict."""
     percent = given.get("percent", SETTINGS["percent"][1])
