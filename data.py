@@ -186,8 +186,11 @@ class Log:
     def write(self, record):
         """Appends one record to the log file."""
         if self.path:
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+            except OSError as error:
+                raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
 
 def duration(seconds):
@@ -485,10 +488,12 @@ def make_shapes(train=4000, test=1000, size=32, seed=0):
     for k, kind in enumerate(SHAPES):
         distance[labels == k] = _shape_distance(kind, x[labels == k], y[labels == k])
     cover = np.clip(0.5 - distance * radius, 0, 1)[..., None].astype(np.float32)          # one pixel of antialiasing
-    ground = rng.uniform(0.15, 0.85, (n, 1, 1, 3))
-    away = rng.normal(size=(n, 1, 1, 3))                              # the form's colour lies at a set distance from
-    form = ground + away / np.linalg.norm(away, axis=-1, keepdims=True) * rng.uniform(0.35, 0.6, (n, 1, 1, 1))  # it
-    tint = rng.normal(0, 0.05, (2, n, 1, 1, 3))
+    # A random hue on each, their luma a set distance apart with either one the brighter.
+    hues = rng.normal(0, 0.12, (2, n, 1, 1, 3))
+    hues -= hues @ np.array([[0.299], [0.587], [0.114]])
+    contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.12, 0.2, (n, 1, 1, 1))
+    ground, form = (0.5 + luma + hue for luma, hue in zip((-contrast, contrast), hues))
+    tint = rng.normal(0, 0.03, (2, n, 1, 1, 3))
     ground, form = (c + t * _texture(rng, n, grid) for c, t in zip((ground, form), tint))
     images = ground + cover * (form - ground) + rng.normal(0, 0.03, (n, size, size, 3))
     images = np.clip(np.round(images * 255), 0, 255).astype(np.uint8)

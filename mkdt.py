@@ -81,7 +81,9 @@ DATASETS = {
     "cifar10": {},
     "cifar100": {},
     "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1),
-    "shapes": dict(teacher_width=8, teacher_epochs=30, width=32, experts=5),
+    "shapes": dict(teacher_width=16, teacher_epochs=15, teacher_batch=128, teacher_lr=3e-3, crop_scale=0.4, gray=1.0,
+                   max_pool=1, width=16, experts=4, expert_lr=0.05, expert_batch=64, percent=5.0, syn_batch=40,
+                   syn_lr_lr=1e-5, clip=1.0, iterations=80, pretrain_batch=40),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
 ROWS = {
@@ -91,7 +93,7 @@ ROWS = {
     ("cifar100", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
     ("tinyimagenet", 2): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
     ("tinyimagenet", 5): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
-    ("shapes", 2): dict(syn_steps=20, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
+    ("shapes", 5): dict(syn_steps=20, match_epochs=2, max_start_epoch=4, pixel_lr=4e3),
 }
 
 
@@ -119,11 +121,12 @@ def warmup_cosine(step, steps, warmup, peak, floor):
 
 
 def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd, temperature, crop_scale, gray, bf16,
-                  seed, log, checkpoint, speed_up=lambda f, *rest, **options: f):
+                  seed, log, checkpoint, speed_up=lambda f, *rest, **options: f, monitor=None):
     """Trains `model`, an encoder followed by its projection head, in place on dataset.train_images (Eq. 6).
 
     Adam; Barlow Twins warms up for min(10 epochs, 10% of the steps), then follows a cosine to 0.001 of the peak;
-    SimCLR keeps a constant rate. The last short batch of an epoch is dropped. Raises InputError on a non-finite loss.
+    SimCLR keeps a constant rate. The last short batch of an epoch is dropped. monitor(encoder) -> {name: value} is
+    logged ten times. Raises InputError on a non-finite loss.
     """
     images = dataset.train_images
     batch_size = min(batch_size, len(images))
@@ -154,10 +157,13 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if log.due() or checkpoint.due() or step + 1 == steps:
+        judge = monitor and (step + 1) % max(1, steps // 10) == 0
+        if log.due() or checkpoint.due() or judge:
             value = finite(loss, f"teacher: the loss at step {step}", f"lower --teacher-lr, {peak_lr:g}")
-            if log.due() or step + 1 == steps:
-                log("teacher", step + 1, steps, epoch=step // per_epoch, loss=value)
+            if log.due() or judge:
+                judged = monitor(model.eval()[0]) if judge else {}
+                model.train()
+                log("teacher", step + 1, steps, epoch=step // per_epoch, loss=value, **judged)
             if checkpoint.due():
                 checkpoint.save(step + 1, model=model, optimizer=optimizer)
     return model.eval()
@@ -478,6 +484,7 @@ def teacher_stage(run):
         return
     if given is not None:
         return save(folder / "representations.pt", given)
+    print(f"teacher: {len(data.train_images) * 8 * s['teacher_width'] * 4 / 1e6:.0f} MB of representations on disk")
     encoder = build(lambda: models.resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"])),
                     run.seed, "teacher")
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
@@ -489,19 +496,23 @@ def teacher_stage(run):
         bf16 = s["bf16"] == "on" or (s["bf16"] == "auto" and run.device.type == "cuda")
         train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
                       s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"], bf16, run.seed,
-                      run.log, checkpoint, run.speed_up("teacher"))
+                      run.log, checkpoint, run.speed_up("teacher"),
+                      monitor=(lambda encoder: {"knn": teacher_knn(encoder, data)}) if data.labelled else None)
         save(folder / "teacher.pt", encoder.state_dict())
         checkpoint.remove()
     encoder.eval()
     z = evaluation.encode(encoder.features, data.train_images, data.batch)                               # Z_T  [n, d]
     if len(data.test_images):
-        z_test = evaluation.encode(encoder.features, data.test_images, data.batch)
-        save(folder / "representations_test.pt", z_test.cpu())
-        if data.labelled:
-            knn = evaluation.knn_accuracy(z, data.train_labels, z_test, data.test_labels)
-            print(f"teacher: kNN accuracy {knn:.1f}%", flush=True)
-            run.log.write({"stage": "teacher", "knn": knn})
+        save(folder / "representations_test.pt",
+             evaluation.encode(encoder.features, data.test_images, data.batch).cpu())
     save(folder / "representations.pt", check_representations(z.cpu(), "the teacher's representations"))
+
+
+def teacher_knn(encoder, data, bank=10000, queries=2000):
+    """kNN accuracy in percent of the encoder's features, on so many training and test images: the teacher's health."""
+    z, z_test = (evaluation.encode(encoder.features, images, data.batch)
+                 for images in (data.train_images[:bank], data.test_images[:queries]))
+    return evaluation.knn_accuracy(z, data.train_labels[:bank], z_test, data.test_labels[:queries])
 
 
 def check_representations(z, source, n=None):
@@ -548,7 +559,8 @@ def experts_stage(run):
     size, P = s["expert_batch"], flat_parameters(model).numel()
     epochs = s["expert_epochs"]
     steps = len(missing) * epochs * math.ceil(len(z) / size)
-    print(f"experts: {len(missing)} x {epochs} epochs, {len(missing) * (epochs + 1) * P * 4 / 1e6:.0f} MB", flush=True)
+    print(f"experts: {len(missing)} of {epochs} epochs, {len(missing) * (epochs + 1) * P * 4 / 1e6:.0f} MB on disk",
+          flush=True)
     theta = flat_parameters(model)
     step = sgd_step(kd_loss(f), s["expert_momentum"], s["expert_decay"])
     example = theta, torch.zeros_like(theta), data.batch(data.train_images[:size]), z[:size], s["expert_lr"]
@@ -606,6 +618,8 @@ def distill_stage(run):
     z_syn = z[chosen].to(run.device)
     model, f = student(run, z.shape[1])
     trajectories = [load(expert_file(run.run_dir, i), mmap=True) for i in range(s["experts"])]
+    print(f"distill: {len(images)} images, {3 * images.numel() * 4 / 1e6:.0f} MB on disk and "
+          f"{images.numel() * 4 / 1e6:.0f} MB every 1,000 iterations", flush=True)
     speed_up, size = run.speed_up("distill"), min(s["syn_batch"], len(images))
     theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
     gradient = speed_up(inner_gradient(kd_loss(f)), (theta, images[:size], z_syn[:size]), steps, name="gradient")
@@ -646,10 +660,10 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 # ------------------------------------------------------------------------------------------------------------
 def resolve(dataset, given):
     """All settings for `dataset`: the paper's, changed by its rows, changed by `given` (flags). Returns a dict."""
-    percent = given.get("percent", SETTINGS["percent"][1])
+    known = dataset if dataset in DATASETS else "cifar10"
+    percent = {"percent": SETTINGS["percent"][1], **DATASETS[known], **given}["percent"]
     if not 0 < percent <= 100:
         raise InputError(f"--percent {percent:g} must be positive and at most 100")
-    known = dataset if dataset in DATASETS else "cifar10"
     rows = [p for d, p in ROWS if d == known]
     row = min(rows, key=lambda p: abs(p - percent))
     if dataset not in DATASETS or row != percent:

@@ -4,8 +4,7 @@
 """
 import json
 import math
-import re
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -240,7 +239,7 @@ def test_download_failure_says_what_to_do(tmp_path, monkeypatch):
     (dict(train_labels=np.zeros(4)), "must be 4 integers"),
     (dict(test_images=np.zeros((4, 16, 16, 3), np.uint8), test_labels=np.zeros(4, int)), "differ in size")])
 def test_npz_is_checked(tmp_path, change, message):
-    arrays = dict(train_images=np.zeros((4, 32, 32, 3), np.uint8), train_labels=np.zeros(4, int), **{})
+    arrays = dict(train_images=np.zeros((4, 32, 32, 3), np.uint8), train_labels=np.zeros(4, int))
     np.savez(tmp_path / "x.npz", **{**arrays, **change})
     with pytest.raises(InputError, match=message):
         data.load_dataset(str(tmp_path / "x.npz"))
@@ -333,6 +332,37 @@ def test_sgd_step_is_torchs_and_experts_keep_copies():
             F.mse_loss(model(images[batch]), z[batch]).backward()
             optimizer.step()
     assert relative(models.flat_parameters(model), trajectory[-1]) < 1e-12
+
+
+@pytest.mark.parametrize("ssl", ["barlow", "simclr"])
+def test_teacher_resumes_bit_for_bit(tmp_path, ssl):
+    arrays = data.make_shapes(20, 4)
+    np.savez(tmp_path / "x.npz", **arrays)
+    dataset = data.load_dataset(str(tmp_path / "x.npz"))
+
+    class Killed(data.Log):
+        def due(self):
+            return True
+
+        def __call__(self, stage, step, *rest, **values):
+            if step == self.stop:
+                raise KeyboardInterrupt
+
+    def train(name, stop=None):
+        encoder = models.build(lambda: models.resnet18(width=2), 0, "teacher")
+        head = models.build(lambda: models.projector(ssl, encoder.feature_dim), 0, "head")
+        model, log = nn.Sequential(encoder, head), Killed()
+        log.stop = stop
+        try:
+            mkdt.train_teacher(model, dataset, ssl, 3, 8, 1e-2, 1e-6, 0.01, 0.5, 0.2, 0.2, False, 0, log,
+                               data.Checkpoint(tmp_path / name, minutes=0))
+        except KeyboardInterrupt:
+            pass
+        return model.state_dict()
+    whole, killed = train("a.pt"), train("b.pt", stop=4)
+    resumed = train("b.pt")
+    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
+    assert not torch.equal(whole["1.0.weight"], killed["1.0.weight"])
 
 
 def test_high_loss_subset_by_hand():
@@ -585,7 +615,6 @@ def test_other_settings_stop_and_say_what_differs(finished, capsys):
 
 
 def test_more_iterations_and_seeds_extend(finished, tmp_path):
-    import shutil
     shutil.copytree(finished, tmp_path / "x")
     where = ["--dataset", "shapes", *at(tmp_path / "x"), *TINY]
     before = data.load(tmp_path / "x/run/5pct_high_loss/distilled.pt")
@@ -602,6 +631,55 @@ def test_more_iterations_and_seeds_extend(finished, tmp_path):
     assert kept == {"none", "random", "high_loss", "full"}
     model = models.ConvNet(16, 32, 4)
     model.load_state_dict(data.load(Path(folder) / "encoders/random_at_0.3_5.pt"))
+
+
+def test_experts_extend_are_remade_identically_and_forced(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "x")
+    where, files = ["--dataset", "shapes", *at(tmp_path / "x"), *TINY], tmp_path / "x/run/experts"
+    before = [data.load(files / f"expert_00{i}.pt") for i in range(2)]
+    (files / "expert_001.pt").unlink()
+    assert mkdt.main(["--stage", "experts", *where, "--experts", "3"]) == 0
+    assert all(torch.equal(before[i], data.load(files / f"expert_00{i}.pt")) for i in range(2))
+    assert not torch.equal(before[0][0], data.load(files / "expert_002.pt")[0])
+    old = data.load(tmp_path / "x/run/5pct_high_loss/distilled.pt")["images"]
+    assert mkdt.main(["--stage", "all", *where, "--expert-lr", "0.2", "--force"]) == 0
+    assert not torch.equal(before[0][1], data.load(files / "expert_000.pt")[1])
+    assert not torch.equal(old, data.load(tmp_path / "x/run/5pct_high_loss/distilled.pt")["images"])
+
+
+def test_a_stage_refuses_what_was_made_from_another_teacher(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    where = ["--dataset", "shapes", *at(tmp_path / "x"), *TINY]
+    assert mkdt.main(["--stage", "distill", *where, "--teacher-width", "4", "--force"]) == 2
+    assert "teacher_width 2 -> 4" in capsys.readouterr().err
+    z = data.load(tmp_path / "x/run/representations.pt")
+    data.save(tmp_path / "x/run/representations.pt", z + 1)                    # not the ones the experts learned from
+    assert mkdt.main(["--stage", "all", *where]) == 2
+    assert "the stage experts of another run (representations" in capsys.readouterr().err
+    assert evaluation.main(["--run-dir", str(tmp_path / "x/run/5pct_high_loss"), "--data-dir", str(finished / "data")]) == 2
+    assert "other representations" in capsys.readouterr().err
+
+
+def test_unlabelled_images_with_simclr_and_random_initialisation(tmp_path, capsys):
+    np.savez(tmp_path / "mine.npz", train_images=data.make_shapes(100, 1)["train_images"])
+    flags = ["--dataset", str(tmp_path / "mine.npz"), *at(tmp_path), *TINY, "--train-images", "0", "--ssl", "simclr"]
+    assert mkdt.main([*flags, "--init", "random"]) == 0
+    assert "has no labels" in capsys.readouterr().out
+    assert len(data.load(tmp_path / "run/5pct_random/distilled.pt")["images"]) == 5
+    assert evaluation.main(["--run-dir", str(tmp_path / "run/5pct_random"), "--tasks", "shapes", "--seeds", "0",
+                            "--data-dir", str(tmp_path / "data")]) == 0
+    assert "| MKDT |" in (tmp_path / "run/5pct_random/results.md").read_text()
+
+
+@pytest.mark.parametrize("flags,message", [
+    ("--sets moco", "unknown pre-training set 'moco'"), ("--sets random@-1", "random@-1"), ("--labels nan", "0 images"),
+    ("--labels 0.001", "0 images"), ("--device tpu", "--device tpu"), ("--tasks nothing", "unknown data set"),
+    ("--run-dir /no/such", "cannot read /no/such/config.json")])
+def test_bad_evaluation_flags_are_one_clear_line(finished, capsys, flags, message):
+    argv = ["--run-dir", str(finished / "run/5pct_high_loss"), "--data-dir", str(finished / "data"), *flags.split()]
+    assert evaluation.main(argv) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_representations_of_another_model(finished, tmp_path, capsys):
