@@ -479,8 +479,8 @@ def make_shapes(train=4000, test=1000, size=32, seed=0):
     n, rng = train + test, np.random.default_rng(seed)
     labels = rng.permutation(np.arange(n) % len(SHAPES))
     grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="xy")).astype(np.float32)
-    radius = rng.uniform(0.24, 0.40, (n, 1, 1)) * size
-    centre = rng.uniform(-0.13, 0.13, (2, n, 1, 1)) * size + (size - 1) / 2
+    radius = rng.uniform(0.28, 0.40, (n, 1, 1)) * size
+    centre = rng.uniform(-0.1, 0.1, (2, n, 1, 1)) * size + (size - 1) / 2
     angle = rng.uniform(0, 2 * np.pi, (n, 1, 1))
     dx, dy = (grid[:, None] - centre) / radius
     x, y = np.cos(angle) * dx + np.sin(angle) * dy, np.cos(angle) * dy - np.sin(angle) * dx
@@ -489,13 +489,13 @@ def make_shapes(train=4000, test=1000, size=32, seed=0):
         distance[labels == k] = _shape_distance(kind, x[labels == k], y[labels == k])
     cover = np.clip(0.5 - distance * radius, 0, 1)[..., None].astype(np.float32)          # one pixel of antialiasing
     # A random hue on each, their luma a set distance apart with either one the brighter.
-    hues = rng.normal(0, 0.12, (2, n, 1, 1, 3))
+    hues = rng.normal(0, 0.06, (2, n, 1, 1, 3))
     hues -= hues @ np.array([[0.299], [0.587], [0.114]])
-    contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.12, 0.2, (n, 1, 1, 1))
+    contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
     ground, form = (0.5 + luma + hue for luma, hue in zip((-contrast, contrast), hues))
-    tint = rng.normal(0, 0.03, (2, n, 1, 1, 3))
+    tint = rng.normal(0, 0.02, (2, n, 1, 1, 3))
     ground, form = (c + t * _texture(rng, n, grid) for c, t in zip((ground, form), tint))
-    images = ground + cover * (form - ground) + rng.normal(0, 0.03, (n, size, size, 3))
+    images = ground + cover * (form - ground) + rng.normal(0, 0.06, (n, size, size, 3))
     images = np.clip(np.round(images * 255), 0, 255).astype(np.uint8)
     labels = labels.astype(np.int64)
     return {"train_images": images[:train], "train_labels": labels[:train],

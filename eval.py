@@ -25,8 +25,9 @@ from models import ConvNet, build, compile_if_it_pays, generator, pick_device
 
 PAPER_NAMES = {"none": "No Pre-Training", "random": "Random Subset", "random@mkdt": "Random Subset, learned rate",
                "high_loss": "High Loss Subset", "high_loss@mkdt": "High Loss Subset, learned rate",
+               "initial": "Initial Images", "initial@mkdt": "Initial Images, learned rate",
                "mkdt": "MKDT", "full": "Full Data"}
-SETS = ("none", "random", "high_loss", "mkdt", "full")
+SETS = ("none", "random", "high_loss", "initial", "mkdt", "full")
 DEFAULT_SETS = ("none", "random", "random@mkdt", "high_loss", "mkdt", "full")
 
 
@@ -133,8 +134,9 @@ def pretraining_set(name, seed, dataset, representations, losses, distilled, def
     """(images, representations, lr) of the set called `name`, or None for `none`.
 
     name: none; random (as many images as the distilled set has, redrawn per seed); high_loss (as many, those with the
-        largest `losses` [n]); mkdt (`distilled`, the dict of distilled.pt); full. name@0.3 sets the rate, name@mkdt
-        takes the learned one; otherwise it is the learned rate for mkdt and `default_lr` for real images.
+        largest `losses` [n]); initial (those that distillation began with); mkdt (`distilled`, the dict of
+        distilled.pt); full. name@0.3 sets the rate, name@mkdt takes the learned one; otherwise it is the learned rate
+        for mkdt and `default_lr` for real images.
     """
     base, rate = parse_set(name)
     n, size = len(representations), len(distilled["images"])
@@ -146,7 +148,8 @@ def pretraining_set(name, seed, dataset, representations, losses, distilled, def
         return distilled["images"], distilled["representations"], lr
     chosen = {"full": lambda: torch.arange(n),
               "random": lambda: torch.randperm(n, generator=generator(seed, "random subset"))[:size],
-              "high_loss": lambda: highest(losses, size)}[base]()
+              "high_loss": lambda: highest(losses, size),
+              "initial": lambda: distilled["indices"]}[base]()
     chosen = chosen.to(dataset.train_images.device)
     return dataset.train_images[chosen], representations[chosen], lr
 
@@ -269,7 +272,8 @@ def identity(name, settings, representations, losses, distilled):
         depends += [distilled["images"]]
     if base == "mkdt" or rate == "mkdt":
         depends += [distilled["lr"]]
-    return fingerprint(*depends, *([losses] if base == "high_loss" else []))
+    own = {"high_loss": [losses], "initial": [distilled["indices"]]}
+    return fingerprint(*depends, *own.get(base, []))
 
 
 def find(records, name, task, percent, made_from):

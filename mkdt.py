@@ -81,9 +81,9 @@ DATASETS = {
     "cifar10": {},
     "cifar100": {},
     "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1),
-    "shapes": dict(teacher_width=16, teacher_epochs=15, teacher_batch=128, teacher_lr=3e-3, crop_scale=0.4, gray=1.0,
-                   max_pool=1, width=16, experts=4, expert_lr=0.05, expert_batch=64, percent=5.0, syn_batch=40,
-                   syn_lr_lr=1e-5, clip=1.0, iterations=80, pretrain_batch=40),
+    "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=128, teacher_lr=3e-3, crop_scale=0.4, gray=1.0,
+                   max_pool=1, width=16, experts=4, expert_lr=0.05, expert_batch=64, percent=5.0, init="random",
+                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=80, pretrain_batch=40),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
 ROWS = {
@@ -93,7 +93,7 @@ ROWS = {
     ("cifar100", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
     ("tinyimagenet", 2): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
     ("tinyimagenet", 5): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
-    ("shapes", 5): dict(syn_steps=20, match_epochs=2, max_start_epoch=4, pixel_lr=4e3),
+    ("shapes", 5): dict(syn_steps=30, match_epochs=1, max_start_epoch=2, pixel_lr=3e3),
 }
 
 

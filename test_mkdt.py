@@ -562,7 +562,7 @@ def test_paired_difference_by_hand():
 # ------------------------------------------------------------------------------------------------------------
 # The real command line, tiny
 # ------------------------------------------------------------------------------------------------------------
-TINY = ("--train-images 200 --teacher-width 2 --teacher-epochs 1 --teacher-batch 64 --width 4 --experts 2 --percent 5 "
+TINY = ("--train-images 200 --teacher-width 2 --teacher-epochs 1 --teacher-batch 64 --width 4 --experts 2 --percent 5 --init high_loss "
         "--expert-epochs 2 --match-epochs 1 --max-start-epoch 1 --syn-steps 2 --iterations 2 --pretrain-epochs 1").split()
 
 
