@@ -660,7 +660,7 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 # ------------------------------------------------------------------------------------------------------------
 def resolve(dataset, given):
     """All settings for `dataset`: the paper's, changed by its rows, changed by `given` (flags). Returns a dict."""
-    known = dataset if dataset in DATASETS else "cifar10"
+    known = dataset if dataset in DATASETS else "tinyimagenet" if given.get("image_size", 0) >= 64 else "cifar10"
     percent = {"percent": SETTINGS["percent"][1], **DATASETS[known], **given}["percent"]
     if not 0 < percent <= 100:
         raise InputError(f"--percent {percent:g} must be positive and at most 100")

@@ -727,3 +727,4 @@ def test_settings_are_tables_8_and_9(capsys):
     assert capsys.readouterr().out == ""
     assert mkdt.resolve("cifar10", {"percent": 4.0})["pixel_lr"] == 1e4 and "taking" in capsys.readouterr().out
     assert mkdt.resolve("cifar10", {"ssl": "simclr"})["teacher_epochs"] == 400
+    assert mkdt.resolve("pictures", {"image_size": 64})["pixel_lr"] == 1e5
