@@ -1,4 +1,4 @@
-"""Evaluation of MKDT (section 5, "Evaluation Setup"; appendix A.1): pre-train a fresh encoder on a set, probe it linearly.
+"""Evaluation of MKDT (section 5, appendix A.1): pre-train a fresh encoder on a set of images, then probe it linearly.
 
     python eval.py --run-dir runs/cifar10/2pct_high_loss                     the set of that run and its baselines
     python eval.py --run-dir runs/cifar10/2pct_high_loss --seeds 0 1 2 3 4   more seeds extend the table

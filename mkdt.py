@@ -53,7 +53,7 @@ SETTINGS = {
     "max_pool":           ("teacher", 0, "1: the teacher's stem ends in max-pooling (TinyImageNet)"),
     "bf16":               ("teacher", "auto", "bfloat16 autocast for the teacher: auto (on GPUs), on or off"),
     "width":              ("experts", 128, "channels of the student ConvNet"),
-    "expert_epochs":      ("experts", 7, "epochs of expert training that are kept: T+ + M is the last one read; paper: 20"),
+    "expert_epochs":      ("experts", 7, "epochs of expert training; T+ + M is the last one that is read (paper: 20)"),
     "expert_lr":          ("experts", 0.1, "rate of SGD"),
     "expert_momentum":    ("experts", 0.9, "momentum of SGD"),
     "expert_decay":       ("experts", 1e-4, "weight decay of SGD"),
@@ -242,7 +242,7 @@ def matching_gradient(gradient, adjoint, theta, target, images, representations,
     theta, target: theta*_t and theta*_{t+M}, [P]; images [n, ...], representations [n, d]; lr: alpha_syn, a scalar
     tensor; batches: N index tensors b_0 .. b_{N-1}; gradient, adjoint: `inner_gradient` and `inner_adjoint` of L_MSE.
 
-    Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,   g_n = g(theta_n, x_{b_n}, z_{b_n});   the N + 1 vectors are kept.
+    Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, z_{b_n});  all N + 1 are kept.
     Backward, with    v_n = dL_DD / dtheta_n:
         v_N = 2 (theta_N - target) / ||theta_0 - target||^2                                   (Eq. 4)
         v_n = (I - lr H_n)^T v_{n+1} = v_{n+1} - lr H_n v_{n+1}                 (H_n is symmetric)

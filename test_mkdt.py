@@ -611,7 +611,7 @@ def test_nothing_finished_is_run_again(finished):
 def test_other_settings_stop_and_say_what_differs(finished, capsys):
     assert mkdt.main(["--dataset", "shapes", *at(finished), *TINY, "--expert-lr", "0.2"]) == 2
     message = capsys.readouterr().err
-    assert "experts" in message and "expert_lr 0.1 -> 0.2" in message and message.count("\n") == 1
+    assert "experts" in message and "expert_lr 0.05 -> 0.2" in message and message.count("\n") == 1
 
 
 def test_more_iterations_and_seeds_extend(finished, tmp_path):
