@@ -25,7 +25,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from models import first_line
+from models import first_line, rank
 
 # Channel means and standard deviations in [0, 1]. Those of the authors' code: the pixel learning rates of Table 8 are
 # in units of these deviations. Any other data set is normalised with its own training statistics.
@@ -139,8 +139,10 @@ class Checkpoint:
         return time.monotonic() - self.last >= self.seconds
 
     def save(self, step, **parts):
-        """Writes `parts` after `step` steps."""
-        save(self.path, {"step": step, **{k: p if torch.is_tensor(p) else p.state_dict() for k, p in parts.items()}})
+        """Writes `parts` after `step` steps; rank 0 does, as every rank has the same."""
+        if rank() == 0:
+            values = {k: p if torch.is_tensor(p) else p.state_dict() for k, p in parts.items()}
+            save(self.path, {"step": step, **values})
         self.last = time.monotonic()
 
     def restore(self, **parts):
@@ -231,14 +233,19 @@ class Dataset:
 
 def normalize(images, mean, std):
     """(images - mean) / std per channel, for images [B, 3, H, W] in [0, 1]."""
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
+    mean, std = per_channel(images, mean, std)
     return (images - mean) / std
 
 
 def denormalize(images, mean, std):
     """The inverse of `normalize`, clipped to [0, 1]."""
-    mean, std = (torch.tensor(v, device=images.device, dtype=images.dtype)[:, None, None] for v in (mean, std))
+    mean, std = per_channel(images, mean, std)
     return (images * std + mean).clamp(0, 1)
+
+
+def per_channel(images, *values):
+    """Each of `values`, a number per channel, as a tensor that broadcasts over images; the host waits for nothing."""
+    return (torch.tensor(v, dtype=images.dtype)[:, None, None].to(images.device, non_blocking=True) for v in values)
 
 
 def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images=0):
@@ -614,7 +621,7 @@ def _view(images, rng, order, scale, jitter, gray):
 
     images = resized_crop(images, *random_crops(n, size, scale, rng), size, flip=chance(0.5))
     jittered = chance(0.8)
-    spread = torch.tensor(jitter, device=rng.device)[:, None]
+    spread = torch.tensor(jitter)[:, None].to(rng.device, non_blocking=True)
     amount = (torch.rand(4, n, device=rng.device, generator=rng) * 2 - 1) * spread * jittered    # 0: left as it is
     for i in order:
         neutral = 0 if JITTERS[i] is adjust_hue else 1                     # hue is a shift, the others are factors

@@ -13,15 +13,19 @@ A cell is (set, encoder, task, labels, seed). The seed fixes the encoder's initi
 and which images are labelled, each in a stream of its own and the same for every set: differences are paired.
 """
 import argparse
+import contextlib
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from data import InputError, Log, fingerprint, load, load_dataset, read_json, save, save_json, write_file
-from models import ConvNet, build, compile_if_it_pays, generator, pick_device
+from data import (Dataset, InputError, Log, duration, fingerprint, load, load_dataset, read_json, save, save_json,
+                  write_file)
+from models import (ConvNet, build, compile_if_it_pays, from_rank_0, gather_from_ranks, generator, join_ranks,
+                    pick_device, rank, rank_0_first, ranks)
 
 PAPER_NAMES = {"none": "No Pre-Training", "random": "Random Subset", "random@mkdt": "Random Subset, learned rate",
                "high_loss": "High Loss Subset", "high_loss@mkdt": "High Loss Subset, learned rate",
@@ -130,28 +134,27 @@ def parse_set(name):
     return base, rate
 
 
-def pretraining_set(name, seed, dataset, representations, losses, distilled, default_lr):
+def pretraining_set(name, seed, source):
     """(images, representations, lr) of the set called `name`, or None for `none`.
 
     name: none; random (as many images as the distilled set has, redrawn per seed); high_loss (as many, those with the
-        largest `losses` [n]); initial (those that distillation began with); mkdt (`distilled`, the dict of
-        distilled.pt); full. name@0.3 sets the rate, name@mkdt takes the learned one; otherwise it is the learned rate
-        for mkdt and `default_lr` for real images.
+        largest losses); initial (those that distillation began with); mkdt (the distilled set); full. name@0.3 sets the
+        rate, name@mkdt takes the learned one; otherwise it is the learned rate for mkdt, --pretrain-lr for real images.
     """
     base, rate = parse_set(name)
-    n, size = len(representations), len(distilled["images"])
+    distilled, n = source.distilled, len(source.representations)
     learned = rate == "mkdt" or (base == "mkdt" and not rate)
-    lr = distilled["lr"] if learned else float(rate or default_lr)
+    lr = distilled["lr"] if learned else float(rate or source.settings["pretrain_lr"])
     if base == "none":
         return None
     if base == "mkdt":
         return distilled["images"], distilled["representations"], lr
     chosen = {"full": lambda: torch.arange(n),
-              "random": lambda: torch.randperm(n, generator=generator(seed, "random subset"))[:size],
-              "high_loss": lambda: highest(losses, size),
+              "random": lambda: torch.randperm(n, generator=generator(seed, "random subset"))[:source.size],
+              "high_loss": lambda: highest(source.losses, source.size),
               "initial": lambda: distilled["indices"]}[base]()
-    chosen = chosen.to(dataset.train_images.device)
-    return dataset.train_images[chosen], representations[chosen], lr
+    chosen = chosen.to(source.dataset.train_images.device)
+    return source.dataset.train_images[chosen], source.representations[chosen], lr
 
 
 def highest(loss, count):
@@ -162,75 +165,119 @@ def highest(loss, count):
 # ------------------------------------------------------------------------------------------------------------
 # A table
 # ------------------------------------------------------------------------------------------------------------
+@dataclass
+class Source:
+    """What encoders are pre-trained on: a run's data, its distilled set, and what its baselines are made from."""
+    settings: dict
+    dataset: Dataset
+    representations: torch.Tensor                  # Z_T [n, d], of the training images
+    test_representations: torch.Tensor | None      # of the test images, for Eq. 2; None if they are not known
+    losses: torch.Tensor                           # [n], section 4.2
+    distilled: dict                                # distilled.pt
+
+    @property
+    def size(self):
+        """Number of distilled images; random and high-loss subsets have as many."""
+        return len(self.distilled["images"])
+
+
+def read_source(run_dir, data_dir, device):
+    """The Source in `run_dir`, a folder with distilled.pt as mkdt.py leaves it."""
+    s, distilled = read_json(run_dir / "config.json")["settings"], load(run_dir / "distilled.pt")
+    z, test = load(run_dir.parent / "representations.pt"), run_dir.parent / "representations_test.pt"
+    if not torch.equal(z[distilled["indices"]], distilled["representations"]):
+        raise InputError(f"{run_dir / 'distilled.pt'} was made with other representations than those in "
+                         f"{run_dir.parent}: distil again (--force)")
+    return Source(s, load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"]),
+                  z.to(device), load(test).to(device) if test.exists() else None, load(run_dir / "init.pt")["losses"],
+                  {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()})
+
+
+def read_tasks(names, own, image_size, percents, data_dir, device):
+    """{name: data set to probe on}: each whole and at its own size. InputError if one cannot be probed so."""
+    tasks = {}
+    for name in names:
+        tasks[name] = load_dataset(name, data_dir, image_size if name == own else 0, device)
+        if not tasks[name].labelled:
+            raise InputError(f"{name} has no labels for both splits, so it cannot be probed: give --tasks")
+        for percent in percents:
+            labelled_subset(len(tasks[name].train_images), percent, 0)      # refuses what cannot be drawn, beforehand
+    return tasks
+
+
 def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1, 2), data_dir="data", device="cpu",
              save_encoder=None, compile="auto"):
     """Computes the cells of a table that results.json in `run_dir` lacks, and rewrites results.json and results.md.
 
     run_dir: a folder with distilled.pt, as mkdt.py leaves it. sets, percents, seeds: the rows of the table. tasks: its
     columns, data sets to probe on; the run's own if none. save_encoder: a folder that receives each pre-trained
-    encoder as SET_SEED.pt. Returns the list of records.
+    encoder as SET_SEED.pt. Several ranks take turns. Returns the list of records.
     """
     run_dir = Path(run_dir).resolve()
-    s, distilled = read_json(run_dir / "config.json")["settings"], load(run_dir / "distilled.pt")
-    own = load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"])
-    z, losses = load(run_dir.parent / "representations.pt").to(device), load(run_dir / "init.pt")["losses"]
-    if not torch.equal(z[distilled["indices"].to(device)].cpu(), distilled["representations"]):
-        raise InputError(f"{run_dir / 'distilled.pt'} was made with other representations than those in "
-                         f"{run_dir.parent}: distil again (--force)")
-    z_test = load(run_dir.parent / "representations_test.pt").to(device) \
-        if (run_dir.parent / "representations_test.pt").exists() else None
-    columns = {}
-    for name in tasks or [distilled["dataset"]]:                            # a task is the whole data set, always
-        columns[name] = load_dataset(name, data_dir, s["image_size"] if name == distilled["dataset"] else 0, device)
-        if not columns[name].labelled:
-            raise InputError(f"{name} has no labels for both splits, so it cannot be probed: give --tasks")
-        for percent in percents:
-            labelled_subset(len(columns[name].train_images), percent, 0)    # refuses what cannot be drawn, beforehand
-    records = read_results(run_dir, lambda name: identity(name, s, z, losses, distilled))
-    made_from = {name: identity(name, s, z, losses, distilled) for name in sets}
-
-    def record_of(name, task, percent):
-        return find(records, name, task, percent, made_from[name])
+    with rank_0_first():
+        source = read_source(run_dir, data_dir, device)
+        own, s = source.distilled["dataset"], source.settings
+        tasks = read_tasks(tasks or [own], own, s["image_size"], percents, data_dir, device)
+    records = read_results(run_dir, lambda name: identity(name, source))
+    made_from = {name: identity(name, source) for name in sets}
 
     def missing(name, seed):
-        return any(seed not in record_of(name, t, p)["seeds"] for t in columns for p in percents) or \
+        return any(seed not in find(records, name, t, p, made_from[name])["seeds"] for t in tasks for p in percents) or \
             (save_encoder and not encoder_file(save_encoder, name, seed).exists())
 
-    todo = [(name, seed) for seed in dict.fromkeys(seeds) for name in sets if missing(name, seed)]
-    distilled = {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()}
-    log, encoder = Log(run_dir / "log.jsonl"), ConvNet(z.shape[1], own.image_size, s["width"])
-    encoder = encoder.to(device).to(memory_format=torch.channels_last)
-    fast_loss = pretraining_loss(encoder, own, z, s, sum(name == "full" for name, _ in todo), compile)
-    for done, (name, seed) in enumerate(todo):
-        # The compiled loss belongs to this one encoder object, so each new encoder is loaded into it.
-        encoder.load_state_dict(build(lambda: ConvNet(z.shape[1], own.image_size, s["width"]), seed,
-                                      "evaluation encoder").state_dict())
-        chosen = pretraining_set(name, seed, own, z, losses, distilled, s["pretrain_lr"])
-        if chosen:
-            prepare = own.batch if chosen[0].dtype == torch.uint8 else lambda x: x
-            pretrain(encoder, *chosen, s["pretrain_epochs"], seed, s["pretrain_batch"], prepare=prepare,
-                     fast_loss=fast_loss)
-        encoder.eval()
-        if save_encoder:
-            save(encoder_file(save_encoder, name, seed), encoder.state_dict())
-        scores = {}
-        for t, task in columns.items():
-            features, mse = encode(encoder.features, task.test_images, task.batch), None
-            if t == distilled["dataset"] and z_test is not None:                          # Eq. 2, on the test images
-                mse = F.mse_loss(encode(encoder.head, features, lambda x: x), z_test).item()
-            for percent in percents:
-                scores[f"{percent:g}%"] = score = probe(encoder, task, features, percent, seed)
-                record = record_of(name, t, percent)
-                if seed not in record["seeds"]:
-                    record["seeds"].append(seed)
-                    record["accuracies"].append(score)
-                    record["mses"].append(mse)
-                    record["lr"] = chosen[2] if chosen else None
-        write_results(run_dir, records, distilled["percent"])
-        if log.due() or done + 1 == len(todo):
-            log("eval", done + 1, len(todo), unit="set", set=name, seed=seed, **scores)
-    write_results(run_dir, records, distilled["percent"])
+    todo = from_rank_0([(name, seed) for seed in dict.fromkeys(seeds) for name in sets if missing(name, seed)])
+    log, encoder = Log(None if rank() else run_dir / "log.jsonl"), student(source).to(device)
+    encoder = encoder.to(memory_format=torch.channels_last)
+    fast_loss = pretraining_loss(encoder, source, [name for name, _ in todo], compile)
+    for done in range(0, len(todo), ranks()):
+        mine = todo[done + rank():][:1]                                        # this rank's cell of the round, if any
+        scores = [score for name, seed in mine
+                  for score in cell(encoder, source, tasks, percents, name, seed, fast_loss, save_encoder)]
+        for score in (score for found in gather_from_ranks(scores) for score in found):
+            record = find(records, score["set"], score["task"], score["percent"], made_from[score["set"]])
+            if score["seed"] not in record["seeds"]:
+                record["seeds"].append(score["seed"])
+                record["accuracies"].append(score["accuracy"])
+                record["mses"].append(score["mse"])
+                record["lr"] = score["lr"]
+        if rank() == 0:
+            write_results(run_dir, records, source.distilled["percent"])
+            if log.due() or done + ranks() >= len(todo):
+                log("eval", min(done + ranks(), len(todo)), len(todo), unit="set", set=mine[0][0], seed=mine[0][1],
+                    **{f"{score['percent']:g}%": score["accuracy"] for score in scores})
+    if rank() == 0:
+        write_results(run_dir, records, source.distilled["percent"])
     return records
+
+
+def student(source):
+    """A freshly built ConvNet as the run's experts are."""
+    return ConvNet(source.representations.shape[1], source.dataset.image_size, source.settings["width"])
+
+
+def cell(encoder, source, tasks, percents, name, seed, fast_loss=None, save_encoder=None):
+    """Pre-trains on the set `name` with `seed` and probes: a list with a dict for each task and share of labels.
+
+    encoder: lends its memory; it is given fresh weights, the same for every set. A compiled `fast_loss` belongs to it.
+    """
+    encoder.load_state_dict(build(lambda: student(source), seed, "evaluation encoder").state_dict())
+    s, chosen = source.settings, pretraining_set(name, seed, source)
+    if chosen:
+        prepare = source.dataset.batch if chosen[0].dtype == torch.uint8 else lambda x: x
+        pretrain(encoder, *chosen, s["pretrain_epochs"], seed, s["pretrain_batch"], prepare=prepare, fast_loss=fast_loss)
+    encoder.eval()
+    if save_encoder:
+        save(encoder_file(save_encoder, name, seed), encoder.state_dict())
+    scores = []
+    for t, task in tasks.items():
+        features, mse = encode(encoder.features, task.test_images, task.batch), None
+        if t == source.distilled["dataset"] and source.test_representations is not None:       # Eq. 2, on test images
+            mse = F.mse_loss(encode(encoder.head, features, lambda x: x), source.test_representations).item()
+        for percent in percents:
+            scores.append({"set": name, "task": t, "percent": percent, "seed": seed, "mse": mse,
+                           "lr": chosen[2] if chosen else None,
+                           "accuracy": probe(encoder, task, features, percent, seed)})
+    return scores
 
 
 def probe(encoder, task, test_features, percent, seed):
@@ -245,15 +292,24 @@ def probe(encoder, task, test_features, percent, seed):
     return accuracy(*classifier, test_features, task.test_labels)
 
 
-def pretraining_loss(encoder, dataset, representations, settings, full_runs, compile):
-    """The encoder's MSE compiled for full batches where that pays, i.e. for `full_runs` times the full data set."""
-    size = settings["pretrain_batch"]
-    steps = full_runs * settings["pretrain_epochs"] * (len(representations) // size)
-    if not steps:
+def pretraining_loss(encoder, source, names, compile):
+    """The encoder's MSE compiled for full batches where that pays, i.e. for the full data sets among the sets `names`;
+    says what pre-training on all of them will take."""
+    def steps(names):
+        n = {"none": 0, "full": len(source.representations)}
+        return source.settings["pretrain_epochs"] * sum(
+            math.ceil(n.get(parse_set(name)[0], source.size) / size) for name in names)
+
+    size, z = source.settings["pretrain_batch"], source.representations
+    if not steps(names):
         return None
-    example = dataset.batch(dataset.train_images[:size]), representations[:size]
-    loss, compiled, _ = compile_if_it_pays(lambda x, z: F.mse_loss(encoder(x), z), example, steps, compile, backward=True)
+    full = [name for name in names if parse_set(name)[0] == "full"]
+    example = source.dataset.batch(source.dataset.train_images[:size]), z[:size]
+    loss, compiled, seconds = compile_if_it_pays(lambda x, z: F.mse_loss(encoder(x), z), example,
+                                                 steps(full) // ranks(), compile if full else "off", backward=True)
     encoder.zero_grad()
+    print(f"eval: {len(names)} encoders, {steps(names)} steps of pre-training, about "
+          f"{duration(seconds * steps(names) / ranks())}; then their probes", flush=True)
     return loss if compiled else None
 
 
@@ -262,17 +318,17 @@ def encoder_file(folder, name, seed):
     return Path(folder) / f"{name.replace('@', '_at_')}_{seed}.pt"
 
 
-def identity(name, settings, representations, losses, distilled):
+def identity(name, source):
     """Eight hexadecimal digits of all that a row's accuracies depend on beside task and seed."""
     base, rate = parse_set(name)
-    depends = [name, settings["width"], representations, len(distilled["images"])]
+    depends = [name, source.settings["width"], source.representations, source.size]
     if base != "none":
-        depends += [settings[k] for k in ("pretrain_epochs", "pretrain_batch", "pretrain_lr")]
+        depends += [source.settings[k] for k in ("pretrain_epochs", "pretrain_batch", "pretrain_lr")]
     if base == "mkdt":
-        depends += [distilled["images"]]
+        depends += [source.distilled["images"]]
     if base == "mkdt" or rate == "mkdt":
-        depends += [distilled["lr"]]
-    own = {"high_loss": [losses], "initial": [distilled["indices"]]}
+        depends += [source.distilled["lr"]]
+    own = {"high_loss": [source.losses], "initial": [source.distilled["indices"]]}
     return fingerprint(*depends, *own.get(base, []))
 
 
@@ -370,15 +426,17 @@ def main(argv=None):
     parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
     args = parser.parse_args(argv)
     try:
-        evaluate(args.run_dir, args.sets, args.tasks, args.labels, args.seeds, args.data_dir, pick_device(args.device),
-                 args.save_encoder, args.compile)
+        device = join_ranks(pick_device(args.device))
+        with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
+            evaluate(args.run_dir, args.sets, args.tasks, args.labels, args.seeds, args.data_dir, device,
+                     args.save_encoder, args.compile)
+            print((Path(args.run_dir) / "results.md").read_text())
     except ValueError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eval.py: stopped; the same command goes on with the cells that are missing", file=sys.stderr)
         return 130
-    print((Path(args.run_dir) / "results.md").read_text())
     return 0
 
 

@@ -14,7 +14,9 @@ The file follows Algorithm 1 from top to bottom:
 Bare defaults are the paper's. Everything is written below --run-dir; a run that was stopped goes on where it was.
 """
 import argparse
+import contextlib
 import copy
+import functools
 import math
 import sys
 import warnings
@@ -29,8 +31,9 @@ import eval as evaluation
 import models
 from data import (Checkpoint, InputError, Log, denormalize, duration, fingerprint, load, load_dataset, normalize,
                   read_json, save, save_json, two_views, write_file)
-from models import (ConvNet, barlow_twins_loss, build, compile_if_it_pays, flat_parameters, functional, generator,
-                    nt_xent_loss, pick_device, stream)
+from models import (ConvNet, average_over_ranks, barlow_twins_loss, build, compile_if_it_pays, flat_parameters,
+                    from_rank_0, functional, generator, join_ranks, nt_xent_loss, pick_device, rank, rank_0_first, ranks,
+                    rows_of_all_ranks, seconds_a_call, stream, wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -70,6 +73,7 @@ SETTINGS = {
     "syn_momentum":       ("distill", 0.5, "momentum of both"),
     "syn_batch":          ("distill", 256, "distilled images a step"),
     "clip":               ("distill", 0.0, "limit on each image's gradient norm, in running medians of it; 0: none"),
+    "trajectories_per_step": ("distill", 1, "draws of expert and start epoch averaged in an iteration, on each rank"),
     "iterations":         ("length", 5000, "S, the number of distillation iterations"),
     "pretrain_epochs":    ("eval", 20, "epochs of pre-training (Eq. 9)"),
     "pretrain_batch":     ("eval", 256, "images a pre-training step"),
@@ -100,15 +104,12 @@ ROWS = {
 # ------------------------------------------------------------------------------------------------------------
 # 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6)
 # ------------------------------------------------------------------------------------------------------------
-def teacher_loss(model, view1, view2, ssl, lambd, temperature, bf16):
-    """L_SSL of Eq. 6 for two normalised views [B, 3, H, W] of the same images: Barlow Twins or SimCLR's.
+def teacher_loss(z, ssl, lambd, temperature):
+    """L_SSL of Eq. 6, Barlow Twins' or SimCLR's, from the projections z [2B, k] of two views of B images.
 
-    model: encoder and projection head. Both views go through it as one batch, so batch norm sees them together.
-    The loss itself is float32 even where the network runs in bfloat16.
+    With several ranks, F or the negatives are taken over the images of all of them.
     """
-    with torch.autocast(view1.device.type, torch.bfloat16, enabled=bf16):
-        z = model(torch.cat([view1, view2]))                                       # [2B, 1024]
-    z1, z2 = z.float().chunk(2)
+    z1, z2 = (rows_of_all_ranks(half) for half in z.float().chunk(2))
     return barlow_twins_loss(z1, z2, lambd) if ssl == "barlow" else nt_xent_loss(z1, z2, temperature)
 
 
@@ -125,37 +126,47 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
     """Trains `model`, an encoder followed by its projection head, in place on dataset.train_images (Eq. 6).
 
     Adam; Barlow Twins warms up for min(10 epochs, 10% of the steps), then follows a cosine to 0.001 of the peak;
-    SimCLR keeps a constant rate. The last short batch of an epoch is dropped. monitor(encoder) -> {name: value} is
-    logged ten times. Raises InputError on a non-finite loss.
+    SimCLR keeps a constant rate. The last short batch of an epoch is dropped. Both views go through the network as
+    one batch, so batch norm sees them together, in bfloat16 if `bf16`; the loss is float32. Several ranks share each
+    batch and train one network. monitor(encoder) -> {name: value} is logged ten times. Raises InputError on a
+    non-finite loss.
     """
     images = dataset.train_images
-    batch_size = min(batch_size, len(images))
+    batch_size = min(batch_size, len(images)) // ranks() * ranks()
     per_epoch = len(images) // batch_size
     steps = epochs * per_epoch
     warmup = min(10 * per_epoch, max(1, steps // 10))
     optimizer = torch.optim.Adam(model.parameters(), lr=peak_lr, weight_decay=decay)
 
+    @functools.lru_cache(maxsize=1)
+    def order(epoch):
+        return torch.randperm(len(images), generator=generator(seed, "teacher order", epoch)).to(images.device)
+
     def views(step):
         epoch, i = divmod(step, per_epoch)
-        order = torch.randperm(len(images), generator=generator(seed, "teacher order", epoch))
-        batch = images[order[i * batch_size:(i + 1) * batch_size].to(images.device)]
+        batch = images[order(epoch)[i * batch_size:(i + 1) * batch_size]]
         pair = two_views(batch, stream(seed, "teacher views", step), (crop_scale, 1.0), gray=gray)
-        return [normalize(v, dataset.mean, dataset.std).contiguous(memory_format=torch.channels_last) for v in pair]
+        return torch.cat([normalize(v[rank()::ranks()], dataset.mean, dataset.std) for v in pair]).contiguous(
+            memory_format=torch.channels_last)
 
-    def loss_of(view1, view2):
-        return teacher_loss(model, view1, view2, ssl, lambd, temperature, bf16)
-
+    precision = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
     untouched = copy.deepcopy(model.state_dict())                    # trial calls would move batch norm's statistics
-    loss_of = speed_up(loss_of, views(0), steps, backward=True)
+    with precision:
+        network = speed_up(model, (views(0),), steps, backward=True)
+    optimizer.zero_grad()
     model.load_state_dict(untouched)
     first = checkpoint.restore(model=model, optimizer=optimizer)
+    if ranks() > 1:
+        network = torch.nn.parallel.DistributedDataParallel(network)
     log.start(first)
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, steps, warmup, peak_lr, 1e-3 * peak_lr) if ssl == "barlow" else peak_lr
-        loss = loss_of(*views(step))
+        with precision:
+            z = network(views(step))                                                               # [2B, k]
+        loss = teacher_loss(z, ssl, lambd, temperature)
         optimizer.zero_grad()
-        loss.backward()
+        (loss * ranks()).backward()                       # each rank has the gradient of its share; DDP averages them
         optimizer.step()
         judge = monitor and (step + 1) % max(1, steps // 10) == 0
         if log.due() or checkpoint.due() or judge:
@@ -291,17 +302,20 @@ def clip_per_image(grad, medians, step, factor):
     return grad * scale.view(-1, *[1] * (grad.dim() - 1)), (scale < 1).sum()
 
 
-def distill(gradient, adjoint, expert, experts, images, representations, iterations, syn_steps, match_epochs,
-            max_start_epoch, pixel_lr, syn_lr, syn_lr_lr, momentum, batch_size, clip, seed, log, checkpoint,
-            snapshot=lambda iteration, images, lr: None):
+def distill(gradient, adjoint, expert, experts, images, representations, iterations, trajectories, syn_steps,
+            match_epochs, max_start_epoch, pixel_lr, syn_lr, syn_lr_lr, momentum, batch_size, clip, seed, log,
+            checkpoint, snapshot=lambda iteration, images, lr: None):
     """Algorithm 1, lines 4 to 19. Returns the distilled images [n, 3, H, W], the learned rate and the iterations done.
 
     gradient, adjoint: see `matching_gradient`. expert(i): trajectory i of `experts`, [T + 1, P], on the CPU.
     images, representations: D_syn and Z_syn as initialised; Z_syn stays fixed.
-    snapshot(iteration, images, lr) is called every 1,000 iterations.
+    trajectories: draws of expert and start epoch whose gradients an iteration averages, divided over the ranks; one in
+    Algorithm 1. clip: see `clip_per_image`; it also keeps one iteration from changing the rate by more than a factor of
+    two. 0 is the plain update of the paper. snapshot(iteration, images, lr) is called every 1,000 iterations.
     Logged, as means since the last line: Eq. 4's loss; the learned rate; mean absolute change of the pixels (in
     standard deviations); the inner loop's distance from theta*_t over the expert's; images clipped an iteration.
-    Raises InputError when one of them is not finite, or the learned rate not positive.
+    Raises InputError at an iteration whose loss or gradient is not finite or whose rate is not positive; the state
+    before it is saved.
     """
     device, initial = images.device, images
     state = {"images": images.clone(), "velocity": torch.zeros_like(images),
@@ -309,37 +323,58 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
              "medians": torch.full((101,), float("nan"), device=device)}
     first = checkpoint.restore(**state)
     images, lr, recent = state["images"], state["lr"], []
+    broken = torch.tensor([-1.0, 0, 0, 0], device=device)                 # iteration, loss, gradient and rate that were bad
+
+    def draw(s):
+        """Lines 6, 7 and 10 - 12 of iteration s: [(expert, start epoch, mini-batches)], t <= T+."""
+        rng = generator(seed, "distill", s)
+        return [(int(torch.randint(experts, (), generator=rng)),
+                 int(torch.randint(max_start_epoch + 1, (), generator=rng)),
+                 draw_batches(len(images), syn_steps, batch_size, rng)) for _ in range(trajectories)]
+
     log.start(first)
     for s in range(first, iterations):                                                             # line 5
-        rng = generator(seed, "distill", s)
-        i = int(torch.randint(experts, (), generator=rng))                                         # line 6
-        t = int(torch.randint(max_start_epoch + 1, (), generator=rng))                             # line 7, t <= T+
-        theta, target = (expert(i)[e].to(device) for e in (t, t + match_epochs))                   # line 9
-        batches = [b.to(device) for b in draw_batches(len(images), syn_steps, batch_size, rng)]    # lines 10 - 12
-        loss, grad_images, grad_lr, travelled = matching_gradient(                                 # lines 13 - 17
-            gradient, adjoint, theta, target, images, representations, lr, batches)
-        clipped = torch.zeros_like(loss)
+        results = []
+        for i, t, batches in draw(s)[rank()::ranks()]:                                             # lines 6, 7
+            theta, target, *batches = (x.to(device, non_blocking=True) for x in                    # lines 9 - 12
+                                       (expert(i)[t], expert(i)[t + match_epochs], *batches))
+            results.append(matching_gradient(gradient, adjoint, theta, target, images, representations, lr,
+                                             batches))                                             # lines 13 - 17
+        loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
+        norm, clipped = grad_images.norm() + grad_lr.abs(), torch.zeros_like(loss)
         if clip:
             grad_images, clipped = clip_per_image(grad_images, state["medians"], s, clip)
-        state["velocity"].mul_(momentum).add_(grad_images)                                         # line 18
-        state["lr_velocity"].mul_(momentum).add_(grad_lr)
-        images -= pixel_lr * state["velocity"]
-        lr -= syn_lr_lr * state["lr_velocity"]
+        velocity = momentum * state["velocity"] + grad_images                                      # line 18
+        lr_velocity = momentum * state["lr_velocity"] + grad_lr
+        new_lr = lr - syn_lr_lr * lr_velocity
+        if clip:
+            new_lr = new_lr.clamp(lr / 2, lr * 2)
+        update = {"images": images - pixel_lr * velocity, "velocity": velocity, "lr": new_lr, "lr_velocity": lr_velocity}
+        # Whether all is well is decided on the device: the host does not wait, and a bad update is never made.
+        good = (broken[0] < 0) & loss.isfinite() & norm.isfinite() & new_lr.isfinite() & (new_lr > 0)
+        broken = torch.where(good | (broken[0] >= 0), broken, torch.stack([torch.full_like(loss, s), loss, norm, new_lr]))
+        for name, value in update.items():
+            state[name].copy_(torch.where(good, value, state[name]))
 
         recent.append(torch.stack([loss, travelled.sqrt(), clipped.to(loss)]))
         last, milestone = s + 1 == iterations, (s + 1) % 1000 == 0
         show = log.due() or last
-        if show or milestone or checkpoint.due():                    # only here does the CPU wait for the device
+        if show or milestone or checkpoint.due():                    # only here does the host wait for the device
+            if rank() == 0 and broken[0] >= 0:
+                at, *values = broken.tolist()
+                checkpoint.save(int(at), **state)
+                snapshot(int(at), images, lr)
+                raise InputError(
+                    f"distill: iteration {int(at)} is not usable: loss {values[0]:.3g}, gradient norm {values[1]:.3g}, new "
+                    f"rate {values[2]:.3g}, old {lr.item():.3g}, "
+                    + ", ".join(f"expert {i} from epoch {t}" for i, t, _ in draw(int(at)))
+                    + f". The state before it is saved. Lower --pixel-lr {pixel_lr:g}, --syn-lr-lr {syn_lr_lr:g} or "
+                      f"--syn-lr {syn_lr:g}, or give a smaller --clip (now {clip:g}; 0 is none), with --force")
             means = torch.stack(recent).mean(dim=0).tolist()
-            numbers = {"loss": means[0], "lr": lr.item(), "moved": (images - initial).abs().mean().item(),
-                       "travelled": means[1], **({"clipped": means[2]} if clip else {})}
-            where = f"distill: iteration {s}, expert {i}, start epoch {t}"
-            for name, value in numbers.items():
-                if not math.isfinite(value) or (name == "lr" and value <= 0):
-                    raise InputError(f"{where}: {name} is {value:.3g} (lower --pixel-lr {pixel_lr:g}, --syn-lr-lr "
-                                     f"{syn_lr_lr:g} or set --clip 2; the last good state is kept)")
             if show:
-                log("distill", s + 1, iterations, **numbers)
+                log("distill", s + 1, iterations, loss=means[0], lr=lr.item(),
+                    moved=(images - initial).abs().mean().item(), travelled=means[1],
+                    **({"clipped": means[2]} if clip else {}))
                 recent = []
             if milestone:
                 snapshot(s + 1, images, lr)
@@ -386,12 +421,13 @@ class Run:
     """A run: its settings, data and folders. `run_dir` is shared by every distilled set of one data set (teacher,
     experts); `set_dir` below it holds one distilled set."""
 
-    def __init__(self, args, settings):
+    def __init__(self, args, settings, device):
         self.settings, self.seed, self.force, self.compile = settings, args.seed, args.force, args.compile
-        self.data_dir, self.minutes, self.device = args.data_dir, args.checkpoint_minutes, pick_device(args.device)
+        self.data_dir, self.minutes, self.device = args.data_dir, args.checkpoint_minutes, device
         self.dataset_name = args.dataset
-        self.dataset = load_dataset(args.dataset, args.data_dir, settings["image_size"], self.device,
-                                    settings["train_images"])
+        with rank_0_first():                                                         # one rank downloads and decodes
+            self.dataset = load_dataset(args.dataset, args.data_dir, settings["image_size"], self.device,
+                                        settings["train_images"])
         self.run_dir = Path(args.run_dir or Path("runs") / self.dataset.name)
         self.set_dir = self.run_dir / f"{settings['percent']:g}pct_{settings['init']}"
         self.size = math.floor(len(self.dataset.train_images) * settings["percent"] / 100 + 1e-9)
@@ -401,7 +437,7 @@ class Run:
         self.representations_file = args.representations
         self.data_fingerprint = fingerprint(self.dataset.train_images, self.dataset.test_images, self.dataset.mean,
                                             self.dataset.std)
-        self.log = Log(self.run_dir / "log.jsonl", args.log_seconds)
+        self.log = Log(None if rank() else self.run_dir / "log.jsonl", args.log_seconds)
 
     def folder(self, stage):
         """Where a stage's files and the config.json that describes them lie."""
@@ -412,6 +448,8 @@ class Run:
         of the files that it reads from the stages above."""
         upstream = ["data", *STAGES][:list(STAGES).index(stage) + 2]
         values = {k: self.settings[k] for k, (s, *_) in SETTINGS.items() if s in upstream}
+        if "trajectories_per_step" in values:
+            values["trajectories_per_step"] *= ranks()           # two ranks with one each are one rank with two
         if self.representations_file:
             values = {k: v for k, v in values.items() if SETTINGS[k][0] != "teacher"}
             values["representations_file"] = fingerprint(Path(self.representations_file))
@@ -439,20 +477,24 @@ class Run:
 
     def claim(self, stage, *outputs):
         """Ties the files `outputs` (patterns) of `stage` to its inputs; with --force, removes those of other inputs."""
-        self.check([stage])
-        folder, config, differs = self.folder(stage), self.config(self.folder(stage)), self.differences(stage)
-        if differs:
-            print(f"{stage}: made again ({', '.join(differs)})", flush=True)
-            for file in (f for pattern in outputs for f in folder.glob(pattern)):
-                file.unlink()
-        if differs or stage not in config:
-            config[stage] = {"inputs": self.inputs(stage)}
-        # The protocol of evaluation is kept as it is unless evaluation itself is asked for with another.
-        kept = {k: v for k, v in config.get("settings", {}).items()
-                if stage != "eval" and SETTINGS.get(k, ("",))[0] == "eval"}
-        config["settings"] = {"dataset": self.dataset_name, "seed": self.seed, **self.settings, **kept}
-        config["versions"] = {"torch": torch.__version__, "device": str(self.device), "threads": torch.get_num_threads()}
-        save_json(folder / "config.json", config)
+        with rank_0_first():
+            self.check([stage])
+            if rank():
+                return
+            folder, config, differs = self.folder(stage), self.config(self.folder(stage)), self.differences(stage)
+            if differs:
+                print(f"{stage}: made again ({', '.join(differs)})", flush=True)
+                for file in (f for pattern in outputs for f in folder.glob(pattern)):
+                    file.unlink()
+            if differs or stage not in config:
+                config[stage] = {"inputs": self.inputs(stage)}
+            # The protocol of evaluation is kept as it is unless evaluation itself is asked for with another.
+            kept = {k: v for k, v in config.get("settings", {}).items()
+                    if stage != "eval" and SETTINGS.get(k, ("",))[0] == "eval"}
+            config["settings"] = {"dataset": self.dataset_name, "seed": self.seed, **self.settings, **kept}
+            config["versions"] = {"torch": torch.__version__, "device": str(self.device), "ranks": ranks(),
+                                  "threads": torch.get_num_threads()}
+            save_json(folder / "config.json", config)
 
     def config(self, folder):
         """The content of a folder's config.json; empty if there is none."""
@@ -468,7 +510,8 @@ class Run:
             kept = config[stage].setdefault("compiled", {})
             mode = self.compile if name not in kept else "on" if kept[name] else "off"
             f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, backward)
-            save_json(folder / "config.json", config)
+            if rank() == 0:
+                save_json(folder / "config.json", config)
             print(f"{stage}: {steps} x {name}, {'compiled' if kept[name] else 'eager'}, about "
                   f"{duration(seconds * steps)}", flush=True)
             return f
@@ -489,6 +532,8 @@ def teacher_stage(run):
                     run.seed, "teacher")
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
     model = torch.nn.Sequential(encoder, head).to(run.device).to(memory_format=torch.channels_last)
+    if ranks() > 1 and run.device.type == "cuda":                    # torch has it for GPUs only: on CPUs each rank's own
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if (folder / "teacher.pt").exists():
         encoder.load_state_dict(load(folder / "teacher.pt"))
     else:
@@ -498,8 +543,11 @@ def teacher_stage(run):
                       s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"], bf16, run.seed,
                       run.log, checkpoint, run.speed_up("teacher"),
                       monitor=(lambda encoder: {"knn": teacher_knn(encoder, data)}) if data.labelled else None)
-        save(folder / "teacher.pt", encoder.state_dict())
-        checkpoint.remove()
+        if rank() == 0:
+            save(folder / "teacher.pt", encoder.state_dict())
+            checkpoint.remove()
+    if rank():
+        return
     encoder.eval()
     z = evaluation.encode(encoder.features, data.train_images, data.batch)                               # Z_T  [n, d]
     if len(data.test_images):
@@ -551,20 +599,21 @@ def experts_stage(run):
     """Trains the expert trajectories that are missing: experts/expert_000.pt ..., each flat float32 [T + 1, P]."""
     s, data, folder = run.settings, run.dataset, run.run_dir
     run.claim("experts", "experts/*.pt")
-    missing = [i for i in range(s["experts"]) if not expert_file(folder, i).exists()]
+    missing = from_rank_0([i for i in range(s["experts"]) if not expert_file(folder, i).exists()])
     if not missing:
         return
     z = load(folder / "representations.pt").to(run.device)
     model, f = student(run, z.shape[1])
     size, P = s["expert_batch"], flat_parameters(model).numel()
     epochs = s["expert_epochs"]
-    steps = len(missing) * epochs * math.ceil(len(z) / size)
+    steps = math.ceil(len(missing) / ranks()) * epochs * math.ceil(len(z) / size)
     print(f"experts: {len(missing)} of {epochs} epochs, {len(missing) * (epochs + 1) * P * 4 / 1e6:.0f} MB on disk",
           flush=True)
     theta = flat_parameters(model)
     step = sgd_step(kd_loss(f), s["expert_momentum"], s["expert_decay"])
     example = theta, torch.zeros_like(theta), data.batch(data.train_images[:size]), z[:size], s["expert_lr"]
     step = run.speed_up("experts")(step, example, steps)
+    missing = missing[rank()::ranks()]
     run.log.start()
     for done, i in enumerate(missing):
         theta = flat_parameters(build(lambda: student(run, z.shape[1])[0], run.seed, "expert", i))
@@ -590,9 +639,13 @@ def init_stage(run):
     s, data, folder = run.settings, run.dataset, run.run_dir
     z = load(folder / "representations.pt")
     run.claim("init", "init.pt")
-    if (run.set_dir / "init.pt").exists():
+    if rank() or (run.set_dir / "init.pt").exists():
         return
-    _, f = student(run, z.shape[1])
+    model, f = student(run, z.shape[1])
+    example = flat_parameters(model), data.batch(data.train_images[:1000])
+    seconds = [seconds_a_call(torch.no_grad()(f), example) for _ in range(2)][-1]
+    print(f"init: the loss of {len(z)} images under {s['experts']} experts, about "
+          f"{duration(seconds * s['experts'] * math.ceil(len(z) / 1000))}, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
     thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
     losses = loss_per_image(f, thetas, data.train_images, z.to(run.device), data.batch).cpu()
     if s["init"] == "high_loss":
@@ -631,10 +684,12 @@ def distill_stage(run):
                     "percent": s["percent"], "iterations": iteration})
 
     final, lr, done = distill(
-        gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"], s["syn_steps"],
-        s["match_epochs"], s["max_start_epoch"], s["pixel_lr"], s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"],
+        gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"],
+        s["trajectories_per_step"] * ranks(), s["syn_steps"], s["match_epochs"], s["max_start_epoch"], s["pixel_lr"], s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"],
         s["syn_batch"], s["clip"], run.seed, run.log, Checkpoint(folder / "distill_checkpoint.pt", run.minutes),
         lambda iteration, images, lr: write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt"))
+    if rank():
+        return
     picture = draw_picture(images, final, data.mean, data.std)
     write_file(folder / "distilled.png", lambda file: picture.save(file, "PNG"))
     write(done, final, lr, result)                                       # last: it is what marks the stage as finished
@@ -748,14 +803,17 @@ def main(argv=None):
     args, given = parse(argv)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")             # torch's own, of its own parts
     try:
-        settings = resolve(args.dataset, given)
-        check_settings(settings)
-        run = Run(args, settings)
-        stages = list(STAGES) if args.stage == "all" else [args.stage]
-        run.check(stages)
-        for name in stages:
-            print(f"{name}: {describe(settings, name)}", flush=True)
-            STAGES[name](run)
+        device = join_ranks(pick_device(args.device))
+        with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
+            settings = resolve(args.dataset, given)
+            check_settings(settings)
+            run = Run(args, settings, device)
+            stages = list(STAGES) if args.stage == "all" else [args.stage]
+            run.check(stages)
+            for name in stages:
+                print(f"{name}: {describe(settings, name)}", flush=True)
+                STAGES[name](run)
+                wait_for_ranks()
     except ValueError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)
         return 2

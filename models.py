@@ -6,13 +6,18 @@
     barlow_twins_loss       Eq. 1
     nt_xent_loss            SimCLR's loss (Chen et al. 2020), for Table 6
     functional, flat_parameters   a network as a function of one flat parameter vector theta
+    join_ranks, average_over_ranks, ...   several processes, as torchrun starts them
 
 Every encoder has `features(x)`, the penultimate representation that is probed, and `forward(x)`, its output.
 """
+import datetime
 import hashlib
+import os
 import time
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -230,36 +235,41 @@ def functional(model):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Compilation and devices
+# Compilation
 # ------------------------------------------------------------------------------------------------------------
+def seconds_a_call(f, example, backward=False):
+    """Seconds that f(*example) takes, with the backward pass of its (summed) result where `backward` says so."""
+    began = time.monotonic()
+    result = f(*example)
+    if backward:
+        result.float().sum().backward()
+    if example[0].is_cuda:
+        torch.cuda.synchronize()
+    return time.monotonic() - began
+
+
 def compile_if_it_pays(f, example, steps, mode, backward=False):
     """f or its compiled version, whether it is compiled, and seconds a call.
 
-    example: arguments to try f on. mode: "on", "off", or "auto": compiled if `steps` calls would take more than two
-    minutes as they are; compiling takes about half a minute and roughly halves a call. backward: f returns a loss
-    whose backward pass belongs to the call. Falls back on f, saying so, where no working compiler is found.
+    example: arguments to try f on, a tensor the first. mode: "on", "off", or "auto": compiled if `steps` calls would
+    take more than two minutes as they are; compiling takes about half a minute and roughly halves a call. backward:
+    the backward pass of f's result belongs to the call. Where no working compiler is found, says so and returns f.
     """
-    def clock(g):
-        began = time.monotonic()
-        result = g(*example)
-        if backward:
-            result.backward()
-        if example[0].is_cuda:
-            torch.cuda.synchronize()
-        return time.monotonic() - began
-
-    clock(f)
-    seconds = clock(f)
+    seconds_a_call(f, example, backward)
+    seconds = from_rank_0(seconds_a_call(f, example, backward))
     if mode == "on" or (mode == "auto" and seconds * steps > 120):
         compiled = torch.compile(f, fullgraph=True, dynamic=False)
         try:
-            clock(compiled)
-            return compiled, True, clock(compiled)
+            seconds_a_call(compiled, example, backward)
+            return compiled, True, seconds_a_call(compiled, example, backward)
         except Exception as error:                                     # no C++ compiler, no Triton, ...
             print(f"compiling failed ({first_line(error)}): going on without", flush=True)
     return f, False, seconds
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Devices and processes: alone, or as one of the ranks that torchrun starts
+# ------------------------------------------------------------------------------------------------------------
 def pick_device(name):
     """The torch.device called `name`; "auto" is the GPU if there is one. Raises ValueError if it cannot be used."""
     if name == "auto":
@@ -270,6 +280,83 @@ def pick_device(name):
     except Exception as error:
         raise ValueError(f"--device {name} cannot be used here ({first_line(error)}): try auto or cpu") from error
     return device
+
+
+def join_ranks(device):
+    """The device of this process. If torchrun started it, it also joins the others: one GPU each, or gloo on CPUs."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    # Ranks wait for rank 0 while it works alone; torchrun itself ends them all when one of them fails.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
+    return device
+
+
+def rank():
+    """The number of this process, 0 if it is alone. Rank 0 writes the files that are shared, and the log."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def ranks():
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_ranks():
+    """Returns when every rank has come here."""
+    if ranks() > 1:
+        dist.barrier()
+
+
+@contextmanager
+def rank_0_first():
+    """What is done below is done by rank 0 first (it downloads, writes), then by the others (they find it there)."""
+    if rank():
+        wait_for_ranks()
+    yield
+    if not rank():
+        wait_for_ranks()
+
+
+def from_rank_0(value):
+    """Rank 0's `value`, any picklable object, on every rank."""
+    if ranks() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather_from_ranks(value):
+    """[value of rank 0, value of rank 1, ...] on every rank."""
+    values = [value]
+    if ranks() > 1:
+        values = [None] * ranks()
+        dist.all_gather_object(values, value)
+    return values
+
+
+def average_over_ranks(tensor):
+    """The mean of `tensor` over the ranks, on every rank."""
+    if ranks() > 1:
+        dist.all_reduce(tensor)
+        tensor /= ranks()
+    return tensor
+
+
+def rows_of_all_ranks(z):
+    """The rows z [b, d] of every rank, [ranks * b, d]; the gradient flows to this rank's own rows only.
+
+    A loss of them all has on each rank the gradient of its own share; the sum over ranks is the whole.
+    """
+    if ranks() == 1:
+        return z
+    rows = [torch.empty_like(z) for _ in range(ranks())]
+    dist.all_gather(rows, z.detach().contiguous())
+    rows[rank()] = z
+    return torch.cat(rows)
 
 
 def first_line(error):
