@@ -10,6 +10,7 @@ The file follows Algorithm 1 from top to bottom:
     init      line 3    D_syn: the images of highest loss across experts (section 4.2), Z_syn: their rows of Z_T
     distill   4 - 19    move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M epochs end (Eq. 4)
     eval      section 5 pre-train on D_syn and probe linearly (eval.py)
+    bench               what all of that will cost on this machine
 
 Bare defaults are the paper's. Everything is written below --run-dir; a run that was stopped goes on where it was.
 """
@@ -18,6 +19,8 @@ import contextlib
 import copy
 import functools
 import math
+import re
+import statistics
 import sys
 import warnings
 from pathlib import Path
@@ -26,6 +29,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import models
@@ -538,9 +542,9 @@ def teacher_stage(run):
         encoder.load_state_dict(load(folder / "teacher.pt"))
     else:
         checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", run.minutes)
-        bf16 = s["bf16"] == "on" or (s["bf16"] == "auto" and run.device.type == "cuda")
         train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
-                      s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"], bf16, run.seed,
+                      s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"],
+                      use_bf16(s, run.device), run.seed,
                       run.log, checkpoint, run.speed_up("teacher"),
                       monitor=(lambda encoder: {"knn": teacher_knn(encoder, data)}) if data.labelled else None)
         if rank() == 0:
@@ -554,6 +558,11 @@ def teacher_stage(run):
         save(folder / "representations_test.pt",
              evaluation.encode(encoder.features, data.test_images, data.batch).cpu())
     save(folder / "representations.pt", check_representations(z.cpu(), "the teacher's representations"))
+
+
+def use_bf16(settings, device):
+    """Whether the teacher runs in bfloat16: --bf16, which means on GPUs if it is auto."""
+    return settings["bf16"] == "on" or (settings["bf16"] == "auto" and device.type == "cuda")
 
 
 def teacher_knn(encoder, data, bank=10000, queries=2000):
@@ -711,6 +720,164 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Bench: what the run will cost on this machine
+# ------------------------------------------------------------------------------------------------------------
+def unrolled_gradient(loss, theta, target, images, representations, lr, batches):
+    """What `matching_gradient` computes, the way other implementations do: back-propagation through all N steps at once.
+
+    Equal up to rounding; its memory grows with N. For comparison only. Returns (loss, images' and rate's gradient).
+    """
+    def matching_loss(images, lr):
+        theta_n = theta
+        for batch in batches:
+            theta_n = theta_n - lr * torch.func.grad(loss)(theta_n, images[batch], representations[batch])
+        return (theta_n - target).square().sum() / (theta - target).square().sum()
+
+    (grad_images, grad_lr), value = torch.func.grad_and_value(matching_loss, argnums=(0, 1))(images, lr)
+    return value, grad_images, grad_lr
+
+
+def measure(f, example, backward=False, calls=3):
+    """(median seconds of `calls` calls of f, peak bytes meanwhile): of the GPU, or of this process where there is none."""
+    device, status = example[0].device, Path("/proc/self/status")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif status.exists():
+        Path("/proc/self/clear_refs").write_text("5")                         # Linux: sets the peak to what is in use now
+    seconds = statistics.median(seconds_a_call(f, example, backward) for _ in range(calls))
+    if device.type == "cuda":
+        return seconds, torch.cuda.max_memory_allocated(device)
+    return seconds, 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) if status.exists() else math.nan
+
+
+def free_memory(device):
+    """Bytes of memory that are free: of the GPU, or of the machine (infinitely many where it does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    about = Path("/proc/meminfo")
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", about.read_text()).group(1)) if about.exists() else math.inf
+
+
+def steps_to_time(run, z):
+    """What a run does over and over: (name, function, arguments, FLOPs and images of a call, calls in the whole run,
+    backward pass too, compiled if it pays). z: any representations [n, d]."""
+    s, data, n = run.settings, run.dataset, len(run.dataset.train_images)
+    encoder = models.resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"]))
+    teacher = torch.nn.Sequential(encoder, models.projector(s["ssl"], encoder.feature_dim))
+    teacher = teacher.to(run.device).to(memory_format=torch.channels_last)
+    model, f = student(run, z.shape[1])
+    loss, theta = kd_loss(f), flat_parameters(model)
+    real, expert, syn, chunk = (data.train_images[:min(count, limit)] for count, limit in (
+        (s["teacher_batch"], n), (s["expert_batch"], n), (s["syn_batch"], run.size), (1000, n)))
+    x, x_expert, views = data.batch(syn), data.batch(expert), data.batch(real).repeat(2, 1, 1, 1)
+    chunks, S_N = math.ceil(n / 1000), s["iterations"] * s["syn_steps"]
+    teacher_steps, expert_steps = s["teacher_epochs"] * (n // len(real)), s["expert_epochs"] * math.ceil(n / len(expert))
+    # The default table: random and distilled sets four times and the full data once, with three seeds each.
+    table_steps = 3 * s["pretrain_epochs"] * (4 * math.ceil(run.size / len(syn)) + math.ceil(n / len(syn)))
+
+    def project(views):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=use_bf16(s, run.device)):
+            return teacher(views)
+
+    def augment(images):
+        return two_views(images, 0, (s["crop_scale"], 1.0), gray=s["gray"])[0]
+
+    def flops(network, x, passes):
+        """FLOPs of so many forward passes: 3 for a gradient, 8 for an adjoint, whose tangent and way back count double."""
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(x)
+        return passes * counter.get_total_flops()
+
+    encode, loss_of = (torch.no_grad()(g) for g in (lambda x: encoder.features(data.batch(x)),
+                                                    lambda x: f(theta, data.batch(x))))
+    views = views.contiguous(memory_format=torch.channels_last)
+    velocity, z_expert, z_syn = torch.zeros_like(theta), z[:len(expert)], z[:len(x)]
+    step = sgd_step(loss, s["expert_momentum"], s["expert_decay"])
+    return [
+        ("teacher: two views", augment, (real,), 0, len(views), teacher_steps, False, False),
+        ("teacher: step", project, (views,), flops(teacher, views, 3), len(views), teacher_steps, True, True),
+        ("teacher: encode", encode, (chunk,), flops(encoder, data.batch(chunk), 1), len(chunk), chunks, False, False),
+        ("experts: step", step, (theta, velocity, x_expert, z_expert, s["expert_lr"]), flops(model, x_expert, 3),
+         len(expert), s["experts"] * expert_steps, False, True),
+        ("init: loss", loss_of, (chunk,), flops(model, data.batch(chunk), 1), len(chunk), s["experts"] * chunks, False,
+         False),
+        ("distill: gradient", inner_gradient(loss), (theta, x, z_syn), flops(model, x, 3), len(x), S_N, False, True),
+        ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta), flops(model, x, 8), len(x), S_N, False, True),
+        ("eval: pre-training", lambda x, z: F.mse_loss(model(x), z), (x, z_syn), flops(model, x, 3), len(x), table_steps,
+         True, False),
+    ]
+
+
+def compare_gradients(run, z, gradient, adjoint):
+    """Time and peak memory of Eq. 4's gradient against N: plain unrolling, eager and with group norm, and ours."""
+    s = run.settings
+    model, _ = student(run, z.shape[1])
+    plain, theta = copy.deepcopy(model), flat_parameters(model)
+    plain.norms = torch.nn.ModuleList(torch.nn.GroupNorm(s["width"], s["width"]) for _ in plain.norms).to(run.device)
+    versions = {"exact adjoint": functools.partial(matching_gradient, gradient, adjoint),
+                "unrolled": functools.partial(unrolled_gradient, kd_loss(functional(plain)))}
+    images, target = run.dataset.batch(run.dataset.train_images[:run.size]), theta + 0.01 * torch.randn_like(theta)
+    rows = []
+    for name, version in versions.items():
+        growth = 0
+        for N in (1, 2, 4, 8):
+            if growth * N > free_memory(run.device):
+                print(f"{name}, N = {N}: left out, it needs {growth * N / 1e9:.0f} GB")
+                break
+            batches = [b.to(run.device) for b in draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))]
+            example = theta, target, images, z[:run.size], torch.tensor(s["syn_lr"], device=run.device), batches
+            version(*example)
+            seconds, peak = measure(version, example)
+            rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N, "peak GB": peak / 1e9})
+            growth = max(0, peak - 1e9 * rows[-2]["peak GB"]) / (N / 2) if N > 1 else 0          # bytes a step more
+            print_row(rows[-1], rows[0])
+    return rows
+
+
+def bench_stage(run):
+    """Runs a few warm steps of every stage, prints what the whole run will take, and writes SET/bench.json."""
+    s, n, d = run.settings, len(run.dataset.train_images), 8 * run.settings["teacher_width"]
+    z = torch.randn(n, d, device=run.device)
+    rows, made = [], {}
+    for name, f, example, flops, images, calls, backward, may_compile in steps_to_time(run, z):
+        mode = run.compile if may_compile else "off"
+        made[name], compiled, _ = compile_if_it_pays(f, example, calls, mode, backward)
+        seconds, peak = measure(made[name], example, backward)
+        rows.append({"step": name, "compiled": "yes" if compiled else "no", "ms": 1000 * seconds, "images": images,
+                     "images/s": images / seconds, "GFLOP/s": flops / seconds / 1e9,
+                     "peak GB": peak / 1e9, "calls": calls, "in all": duration(seconds * calls)})
+        print_row(rows[-1], rows[0])
+    P = flat_parameters(student(run, d)[0]).numel()
+    disk = {"representations": n * d * 4, "experts": s["experts"] * (s["expert_epochs"] + 1) * P * 4,
+            "distilled sets": (4 + s["iterations"] // 1000) * run.size * run.dataset.train_images[0].numel() * 4}
+    print(f"the whole run: about {duration(sum(r['ms'] * r['calls'] for r in rows) / 1000)} and the probes; on disk "
+          + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in disk.items()) + "\n", flush=True)
+    gradients = compare_gradients(run, z, made["distill: gradient"], made["distill: adjoint"])
+    save_json(run.set_dir / "bench.json", {
+        "torch": torch.__version__, "device": device_name(run.device), "threads": torch.get_num_threads(),
+        "settings": s, "steps": rows, "disk_bytes": disk, "matching_gradient": gradients})
+    print(f"\n{device_name(run.device)}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+          f"written: {run.set_dir / 'bench.json'}")
+
+
+def device_name(device):
+    """What the device is called by its maker."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    found = about.exists() and re.search(r"model name\s*: (.*)", about.read_text())
+    return found.group(1) if found else "CPU"
+
+
+def print_row(row, first):
+    """Prints a dict as a row of a table, below its keys if it is the `first`."""
+    if row is first:
+        print("  ".join(f"{key:>{18 if i == 0 else 11}}" for i, key in enumerate(row)))
+    shown = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in row.values())
+    print("  ".join(f"{v:>{18 if i == 0 else 11}}" for i, v in enumerate(shown)), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 def resolve(dataset, given):
@@ -773,7 +940,8 @@ def parse(argv):
         pass
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all", help="one stage, or all of them in order")
+    parser.add_argument("--stage", choices=[*STAGES, "all", "bench"], default="all",
+                        help="one stage, all of them in order, or bench: what the whole run will cost on this machine")
     parser.add_argument("--dataset", default="cifar10",
                         help=f"{', '.join(DATASETS)}; a folder with train/ and test/ inside; or an .npz file")
     parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept")
@@ -808,6 +976,9 @@ def main(argv=None):
             settings = resolve(args.dataset, given)
             check_settings(settings)
             run = Run(args, settings, device)
+            if args.stage == "bench":
+                bench_stage(run)
+                return 0
             stages = list(STAGES) if args.stage == "all" else [args.stage]
             run.check(stages)
             for name in stages:
