@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -416,6 +418,25 @@ def test_matching_gradient_in_float32():
         assert relative(ours, oracle) < 1e-4
 
 
+def test_compiled_matching_gradient_is_exact_enough_and_compiled_once_per_batch_size():
+    loss, *rest = matching_problem(6, torch.float32)
+    exact = unrolled_gradient(loss, *(x.double() if torch.is_tensor(x) else x for x in rest))
+    gradient, adjoint = (torch.compile(g(loss), fullgraph=True, dynamic=False)
+                         for g in (mkdt.inner_gradient, mkdt.inner_adjoint))
+    result = mkdt.matching_gradient(gradient, adjoint, *rest)             # batches of 4 and of 2: two graphs each
+    for ours, oracle in zip(result, exact):
+        assert relative(ours.double(), oracle) < 1e-3
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        again = mkdt.matching_gradient(gradient, adjoint, *rest)
+    assert all(torch.equal(a, b) for a, b in zip(result, again))
+
+
+def test_the_unrolled_gradient_of_the_bench_is_the_oracle():
+    loss, *rest = matching_problem(3)
+    for ours, oracle in zip(mkdt.unrolled_gradient(loss, *rest), unrolled_gradient(loss, *rest)):
+        assert relative(ours, oracle) < 1e-12
+
+
 def test_dropping_the_later_steps_terms_is_another_gradient():
     loss, *rest = matching_problem(6)
 
@@ -567,6 +588,71 @@ def test_paired_difference_by_hand():
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Several ranks
+# ------------------------------------------------------------------------------------------------------------
+def ssl_gradient(loss, z):
+    """The projection head of `shared_loss`: the gradient of a self-supervised loss over two views z [2B, 6]."""
+    head = nn.Linear(6, 5).double()
+    with torch.no_grad():
+        head.weight.copy_(torch.linspace(-1, 1, 30).view(5, 6).sin())
+        head.bias.zero_()
+    network = nn.parallel.DistributedDataParallel(head) if models.ranks() > 1 else head
+    views = [v[models.rank()::models.ranks()] for v in z.chunk(2)]
+    value = mkdt.teacher_loss(network(torch.cat(views)).double(), loss, 0.1, 0.5)
+    (value * models.ranks()).backward()
+    return value.detach(), head.weight.grad
+
+
+def shared_loss(rank, folder):
+    """What each of two processes does: its share of the batch, and the result to a file."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    z = torch.randn(16, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    data.save(folder / f"{rank}.pt", [ssl_gradient(loss, z) for loss in ("barlow", "simclr")])
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_have_the_self_supervised_gradient_of_the_whole_batch(tmp_path):
+    torch.multiprocessing.spawn(shared_loss, (tmp_path,), nprocs=2)
+    z = torch.randn(16, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for rank in range(2):
+        for loss, (value, grad) in zip(("barlow", "simclr"), data.load(tmp_path / f"{rank}.pt")):
+            whole, whole_grad = ssl_gradient(loss, z)
+            assert relative(value, whole) < 1e-6 and relative(grad, whole_grad) < 1e-5      # the losses are float32
+
+
+def torchrun(*arguments):
+    """mkdt.py on two ranks, as the README says; the finished process."""
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           "mkdt.py", "--dataset", "shapes", "--device", "cpu", *arguments],
+                          cwd=Path(mkdt.__file__).parent, capture_output=True, text=True, timeout=300)
+
+
+def test_two_ranks_make_what_one_makes(tmp_path):
+    two = torchrun(*at(tmp_path), *TINY)
+    assert two.returncode == 0, two.stderr
+    assert two.stdout.count("distill:") == 4 and "| MKDT |" in two.stdout                       # rank 0 alone speaks
+    z = tmp_path / "run/representations.pt"
+    torch.set_num_threads(1)                                       # as torchrun's ranks have: threads change the rounding
+    assert mkdt.main(["--dataset", "shapes", "--data-dir", str(tmp_path / "data"), "--run-dir", str(tmp_path / "one"),
+                      *TINY, "--representations", str(z), "--trajectories-per-step", "2"]) == 0
+    torch.set_num_threads(2)
+    load = [lambda name, d=d: data.load(tmp_path / d / name) for d in ("run", "one")]
+    for name in ("experts/expert_000.pt", "experts/expert_001.pt"):
+        assert torch.equal(*(f(name) for f in load))
+    ours, alone = (f("5pct_high_loss/distilled.pt") for f in load)
+    assert torch.equal(ours["indices"], alone["indices"])
+    assert relative(ours["images"], alone["images"]) < 1e-5 and ours["lr"] == pytest.approx(alone["lr"], rel=1e-5)
+    tables = [json.loads((tmp_path / d / "5pct_high_loss/results.json").read_text()) for d in ("run", "one")]
+    for a, b in zip(*tables):
+        assert sorted(a["seeds"]) == sorted(b["seeds"]) == [0, 1, 2] and a["mean"] == pytest.approx(b["mean"], abs=0.5)
+
+
+def test_a_rank_that_fails_ends_the_run(tmp_path):
+    run = torchrun(*at(tmp_path), *TINY, "--pixel-lr", "1e30", "--iterations", "50")
+    assert run.returncode != 0 and "is not usable" in run.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The real command line, tiny
 # ------------------------------------------------------------------------------------------------------------
 TINY = ("--train-images 200 --teacher-width 2 --teacher-epochs 1 --teacher-batch 64 --width 4 --experts 2 --percent 5 --init high_loss "
@@ -613,6 +699,16 @@ def test_nothing_finished_is_run_again(finished):
     files = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")}
     assert mkdt.main(["--stage", "all", "--dataset", "shapes", *at(finished), *TINY]) == 0
     assert files == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")}
+
+
+def test_bench_measures_every_stage(tmp_path, capsys):
+    assert mkdt.main(["--stage", "bench", "--dataset", "shapes", *at(tmp_path), *TINY]) == 0
+    bench = json.loads((tmp_path / "run/5pct_high_loss/bench.json").read_text())
+    assert {row["step"].split(":")[0] for row in bench["steps"]} == {"teacher", "experts", "init", "distill", "eval"}
+    assert all(row["ms"] > 0 and row["images/s"] > 0 for row in bench["steps"])
+    assert [row["N"] for row in bench["matching_gradient"]] == 2 * [1, 2, 4, 8]
+    assert "the whole run: about" in capsys.readouterr().out and list((tmp_path / "run").iterdir()) == [
+        tmp_path / "run/5pct_high_loss"]                                                     # nothing else is kept
 
 
 def test_other_settings_stop_and_say_what_differs(finished, capsys):
