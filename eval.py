@@ -38,24 +38,26 @@ DEFAULT_SETS = ("none", "random", "random@mkdt", "high_loss", "mkdt", "full")
 # ------------------------------------------------------------------------------------------------------------
 # Pre-training (Eq. 9) and features
 # ------------------------------------------------------------------------------------------------------------
+CHUNK = 250                                                  # images that are encoded at once
+
+
 def pretrain(encoder, images, representations, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
-             prepare=lambda x: x, fast_loss=None):
+             prepare=lambda x: x, loss=None):
     """Trains `encoder` in place to map `images` to `representations` by MSE (Eq. 9) and returns it in eval mode.
 
     images [n, 3, H, W] (`prepare` normalises a batch if they are stored as uint8), representations [n, d].
     SGD with constant rate `lr`; min(batch_size, n) images a step, the short last batch kept; `seed` fixes the order.
-    fast_loss(x, z): F.mse_loss(encoder(x), z) compiled for batches of exactly `batch_size`, if it is at hand.
+    loss(x, z): a faster F.mse_loss(encoder(x), z), if it is at hand.
     Raises InputError if the weights end up non-finite.
     """
+    loss = loss or (lambda x, z: F.mse_loss(encoder(x), z))
     optimizer = torch.optim.SGD(encoder.parameters(), lr, momentum, weight_decay=weight_decay)
     encoder.train()
     for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator(seed, "pretrain order", epoch)).to(images.device)
         for batch in order.split(batch_size):
-            x, z = prepare(images[batch]), representations[batch]
-            loss = fast_loss(x, z) if fast_loss and len(x) == batch_size else F.mse_loss(encoder(x), z)
             optimizer.zero_grad()
-            loss.backward()
+            loss(prepare(images[batch]), representations[batch]).backward()
             optimizer.step()
     if not all(p.isfinite().all() for p in encoder.parameters()):
         raise InputError(f"pre-training on {len(images)} images at rate {lr:.3g} diverged: give the set a lower rate")
@@ -63,7 +65,7 @@ def pretrain(encoder, images, representations, lr, epochs, seed, batch_size=256,
 
 
 @torch.no_grad()
-def encode(f, images, prepare, chunk=1000):
+def encode(f, images, prepare, chunk=CHUNK):
     """f(prepare(images)) in chunks of `chunk` images: uint8 [n, 3, H, W] -> float32 [n, d]."""
     return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
 
@@ -228,11 +230,11 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
     todo = from_rank_0([(name, seed) for seed in dict.fromkeys(seeds) for name in sets if missing(name, seed)])
     log, encoder = Log(None if rank() else run_dir / "log.jsonl"), student(source).to(device)
     encoder = encoder.to(memory_format=torch.channels_last)
-    fast_loss = pretraining_loss(encoder, source, [name for name, _ in todo], compile)
+    loss, features = speed_up(encoder, source, tasks, percents, [name for name, _ in todo], compile)
     for done in range(0, len(todo), ranks()):
         mine = todo[done + rank():][:1]                                        # this rank's cell of the round, if any
         scores = [score for name, seed in mine
-                  for score in cell(encoder, source, tasks, percents, name, seed, fast_loss, save_encoder)]
+                  for score in cell(encoder, loss, features, source, tasks, percents, name, seed, save_encoder)]
         for score in (score for found in gather_from_ranks(scores) for score in found):
             record = find(records, score["set"], score["task"], score["percent"], made_from[score["set"]])
             if score["seed"] not in record["seeds"]:
@@ -255,62 +257,67 @@ def student(source):
     return ConvNet(source.representations.shape[1], source.dataset.image_size, source.settings["width"])
 
 
-def cell(encoder, source, tasks, percents, name, seed, fast_loss=None, save_encoder=None):
+def cell(encoder, loss, features, source, tasks, percents, name, seed, save_encoder=None):
     """Pre-trains on the set `name` with `seed` and probes: a list with a dict for each task and share of labels.
 
-    encoder: lends its memory; it is given fresh weights, the same for every set. A compiled `fast_loss` belongs to it.
+    encoder: lends its memory; it is given fresh weights, the same for every set. loss, features: its, see `speed_up`.
     """
     encoder.load_state_dict(build(lambda: student(source), seed, "evaluation encoder").state_dict())
     s, chosen = source.settings, pretraining_set(name, seed, source)
     if chosen:
         prepare = source.dataset.batch if chosen[0].dtype == torch.uint8 else lambda x: x
-        pretrain(encoder, *chosen, s["pretrain_epochs"], seed, s["pretrain_batch"], prepare=prepare, fast_loss=fast_loss)
+        pretrain(encoder, *chosen, s["pretrain_epochs"], seed, s["pretrain_batch"], prepare=prepare, loss=loss)
     encoder.eval()
     if save_encoder:
         save(encoder_file(save_encoder, name, seed), encoder.state_dict())
     scores = []
     for t, task in tasks.items():
-        features, mse = encode(encoder.features, task.test_images, task.batch), None
+        test_features, mse = encode(features, task.test_images, task.batch), None
         if t == source.distilled["dataset"] and source.test_representations is not None:       # Eq. 2, on test images
-            mse = F.mse_loss(encode(encoder.head, features, lambda x: x), source.test_representations).item()
+            mse = F.mse_loss(encode(encoder.head, test_features, lambda x: x), source.test_representations).item()
         for percent in percents:
             scores.append({"set": name, "task": t, "percent": percent, "seed": seed, "mse": mse,
                            "lr": chosen[2] if chosen else None,
-                           "accuracy": probe(encoder, task, features, percent, seed)})
+                           "accuracy": probe(features, task, test_features, percent, seed)})
     return scores
 
 
-def probe(encoder, task, test_features, percent, seed):
+def probe(features, task, test_features, percent, seed):
     """Test accuracy of a linear probe on the `percent` of the task's training labels that `seed` draws."""
     subset = labelled_subset(len(task.train_images), percent, seed).to(task.train_images.device)
     labels = task.train_labels[subset]
     if (labels == labels[0]).all():
         raise InputError(f"the {len(labels)} labelled images ({percent:g}% of {task.name}, seed {seed}) are all of one "
                          "class: raise --labels")
-    features = encode(encoder.features, task.train_images[subset], task.batch)
-    classifier = linear_probe(features, labels, int(task.train_labels.max()) + 1)
+    classifier = linear_probe(encode(features, task.train_images[subset], task.batch), labels,
+                              int(task.train_labels.max()) + 1)
     return accuracy(*classifier, test_features, task.test_labels)
 
 
-def pretraining_loss(encoder, source, names, compile):
-    """The encoder's MSE compiled for full batches where that pays, i.e. for the full data sets among the sets `names`;
-    says what pre-training on all of them will take."""
-    def steps(names):
-        n = {"none": 0, "full": len(source.representations)}
-        return source.settings["pretrain_epochs"] * sum(
-            math.ceil(n.get(parse_set(name)[0], source.size) / size) for name in names)
+def speed_up(encoder, source, tasks, percents, names, mode):
+    """(loss(x, z), features(x)) of `encoder`, compiled for full batches where that pays, to be used for each of the
+    sets `names`; says what pre-training on them and encoding the tasks will take."""
+    if not names:
+        return None, encoder.features
+    n, size, epochs = len(source.representations), source.settings["pretrain_batch"], source.settings["pretrain_epochs"]
+    images = {"none": 0, "full": n}
+    steps = epochs * sum(math.ceil(images.get(parse_set(name)[0], source.size) / size) for name in names)
+    encoded = len(names) * sum(len(task.test_images) + len(task.train_images) * sum(percents) / 100
+                               for task in tasks.values())
 
-    size, z = source.settings["pretrain_batch"], source.representations
-    if not steps(names):
-        return None
-    full = [name for name in names if parse_set(name)[0] == "full"]
-    example = source.dataset.batch(source.dataset.train_images[:size]), z[:size]
-    loss, compiled, seconds = compile_if_it_pays(lambda x, z: F.mse_loss(encoder(x), z), example,
-                                                 steps(full) // ranks(), compile if full else "off", backward=True)
-    encoder.zero_grad()
-    print(f"eval: {len(names)} encoders, {steps(names)} steps of pre-training, about "
-          f"{duration(seconds * steps(names) / ranks())}; then their probes", flush=True)
-    return loss if compiled else None
+    def full_batches(f, example, calls, backward):
+        fast, _, seconds = compile_if_it_pays(f, example, calls / ranks(), mode, backward)
+        return lambda *x: (fast if len(x[0]) == len(example[0]) else f)(*x), seconds * calls / ranks()
+
+    batch, chunk = (source.dataset.batch(source.dataset.train_images[:count]) for count in (size, CHUNK))
+    encoder.train()
+    loss, training = full_batches(lambda x, z: F.mse_loss(encoder(x), z), (batch, source.representations[:len(batch)]),
+                                  steps, True)
+    encoder.eval()
+    features, encoding = full_batches(torch.no_grad()(encoder.features), (chunk,), encoded / CHUNK, False)
+    print(f"eval: {len(names)} encoders, about {duration(training)} for {steps} steps of pre-training and "
+          f"{duration(encoding)} for encoding; then their probes", flush=True)
+    return loss, features
 
 
 def encoder_file(folder, name, seed):
@@ -422,7 +429,7 @@ def main(argv=None):
     parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                        help="torch.compile pre-training on the full data; auto: where it pays (default: auto)")
+                        help="torch.compile pre-training and encoding; auto: where it pays (default: auto)")
     parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
     args = parser.parse_args(argv)
     try:

@@ -651,10 +651,10 @@ def init_stage(run):
     if rank() or (run.set_dir / "init.pt").exists():
         return
     model, f = student(run, z.shape[1])
-    example = flat_parameters(model), data.batch(data.train_images[:1000])
+    example = flat_parameters(model), data.batch(data.train_images[:evaluation.CHUNK])
     seconds = [seconds_a_call(torch.no_grad()(f), example) for _ in range(2)][-1]
     print(f"init: the loss of {len(z)} images under {s['experts']} experts, about "
-          f"{duration(seconds * s['experts'] * math.ceil(len(z) / 1000))}, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
+          f"{duration(seconds * s['experts'] * math.ceil(len(z) / evaluation.CHUNK))}, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
     thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
     losses = loss_per_image(f, thetas, data.train_images, z.to(run.device), data.batch).cpu()
     if s["init"] == "high_loss":
@@ -768,9 +768,9 @@ def steps_to_time(run, z):
     model, f = student(run, z.shape[1])
     loss, theta = kd_loss(f), flat_parameters(model)
     real, expert, syn, chunk = (data.train_images[:min(count, limit)] for count, limit in (
-        (s["teacher_batch"], n), (s["expert_batch"], n), (s["syn_batch"], run.size), (1000, n)))
+        (s["teacher_batch"], n), (s["expert_batch"], n), (s["syn_batch"], run.size), (evaluation.CHUNK, n)))
     x, x_expert, views = data.batch(syn), data.batch(expert), data.batch(real).repeat(2, 1, 1, 1)
-    chunks, S_N = math.ceil(n / 1000), s["iterations"] * s["syn_steps"]
+    chunks, S_N = math.ceil(n / len(chunk)), s["iterations"] * s["syn_steps"]
     teacher_steps, expert_steps = s["teacher_epochs"] * (n // len(real)), s["expert_epochs"] * math.ceil(n / len(expert))
     # The default table: random and distilled sets four times and the full data once, with three seeds each.
     table_steps = 3 * s["pretrain_epochs"] * (4 * math.ceil(run.size / len(syn)) + math.ceil(n / len(syn)))
