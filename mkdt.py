@@ -91,7 +91,7 @@ DATASETS = {
     "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1),
     "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=128, teacher_lr=3e-3, crop_scale=0.4, gray=1.0,
                    max_pool=1, width=16, experts=4, expert_lr=0.05, expert_batch=64, percent=5.0, init="random",
-                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=80, pretrain_batch=40),
+                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=120, pretrain_batch=50),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
 ROWS = {
@@ -156,7 +156,7 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
     precision = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
     untouched = copy.deepcopy(model.state_dict())                    # trial calls would move batch norm's statistics
     with precision:
-        network = speed_up(model, (views(0),), steps, backward=True)
+        network = speed_up(model, (views(0),), steps, backward=True, compile_seconds=40)
     optimizer.zero_grad()
     model.load_state_dict(untouched)
     first = checkpoint.restore(model=model, optimizer=optimizer)
@@ -509,11 +509,11 @@ class Run:
         pays. The choice is kept in config.json, so that a resumed run computes the same numbers."""
         folder = self.folder(stage)
 
-        def choose(f, example, steps, backward=False, name="step"):
+        def choose(f, example, steps, name="step", **options):
             config = self.config(folder)
             kept = config[stage].setdefault("compiled", {})
             mode = self.compile if name not in kept else "on" if kept[name] else "off"
-            f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, backward)
+            f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, **options)
             if rank() == 0:
                 save_json(folder / "config.json", config)
             print(f"{stage}: {steps} x {name}, {'compiled' if kept[name] else 'eager'}, about "
@@ -685,7 +685,8 @@ def distill_stage(run):
     speed_up, size = run.speed_up("distill"), min(s["syn_batch"], len(images))
     theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
     gradient = speed_up(inner_gradient(kd_loss(f)), (theta, images[:size], z_syn[:size]), steps, name="gradient")
-    adjoint = speed_up(inner_adjoint(kd_loss(f)), (theta, images[:size], z_syn[:size], theta), steps, name="adjoint")
+    adjoint = speed_up(inner_adjoint(kd_loss(f)), (theta, images[:size], z_syn[:size], theta.clone()), steps,
+                       name="adjoint")
 
     def write(iteration, images, lr, path):
         save(path, {"images": images.cpu().contiguous(), "representations": z_syn.cpu(), "lr": lr.item(),
@@ -802,7 +803,7 @@ def steps_to_time(run, z):
         ("init: loss", loss_of, (chunk,), flops(model, data.batch(chunk), 1), len(chunk), s["experts"] * chunks, False,
          False),
         ("distill: gradient", inner_gradient(loss), (theta, x, z_syn), flops(model, x, 3), len(x), S_N, False, True),
-        ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta), flops(model, x, 8), len(x), S_N, False, True),
+        ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta.clone()), flops(model, x, 8), len(x), S_N, False, True),
         ("eval: pre-training", lambda x, z: F.mse_loss(model(x), z), (x, z_syn), flops(model, x, 3), len(x), table_steps,
          True, False),
     ]

@@ -249,16 +249,17 @@ def seconds_a_call(f, example, backward=False):
     return time.monotonic() - began
 
 
-def compile_if_it_pays(f, example, steps, mode, backward=False):
+def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=12):
     """f or its compiled version, whether it is compiled, and seconds a call.
 
-    example: arguments to try f on, a tensor the first. mode: "on", "off", or "auto": compiled if `steps` calls would
-    take more than two minutes as they are; compiling takes about half a minute and roughly halves a call. backward:
-    the backward pass of f's result belongs to the call. Where no working compiler is found, says so and returns f.
+    example: arguments to try f on, a tensor the first, no tensor twice (the compiler would take that for a rule).
+    mode: "on", "off", or "auto": compiled if `steps` calls, as they are, take more than three times the
+    `compile_seconds`; about half of that time is what compiling saves. backward: the backward pass of f's result belongs
+    to the call. Where no working compiler is found, says so and returns f.
     """
     seconds_a_call(f, example, backward)
     seconds = from_rank_0(seconds_a_call(f, example, backward))
-    if mode == "on" or (mode == "auto" and seconds * steps > 120):
+    if mode == "on" or (mode == "auto" and seconds * steps > 3 * compile_seconds):
         compiled = torch.compile(f, fullgraph=True, dynamic=False)
         try:
             seconds_a_call(compiled, example, backward)
