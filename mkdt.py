@@ -91,7 +91,7 @@ DATASETS = {
     "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1),
     "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=128, teacher_lr=3e-3, crop_scale=0.4, gray=1.0,
                    max_pool=1, width=16, experts=4, expert_lr=0.05, expert_batch=64, percent=5.0, init="random",
-                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=120, pretrain_batch=50),
+                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=180, pretrain_batch=50),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
 ROWS = {
