@@ -76,7 +76,7 @@ SETTINGS = {
     "syn_lr_lr":          ("distill", 1e-4, "rate of SGD on the learned rate"),
     "syn_momentum":       ("distill", 0.5, "momentum of both"),
     "syn_batch":          ("distill", 256, "distilled images a step"),
-    "clip":               ("distill", 0.0, "limit on each image's gradient norm, in running medians of it; 0: none"),
+    "clip":               ("distill", 10.0, "limit on each image's gradient norm, in its running medians; 0: none, as paper"),
     "trajectories_per_step": ("distill", 1, "draws of expert and start epoch averaged in an iteration, on each rank"),
     "iterations":         ("length", 5000, "S, the number of distillation iterations"),
     "pretrain_epochs":    ("eval", 20, "epochs of pre-training (Eq. 9)"),
@@ -728,14 +728,12 @@ def unrolled_gradient(loss, theta, target, images, representations, lr, batches)
 
     Equal up to rounding; its memory grows with N. For comparison only. Returns (loss, images' and rate's gradient).
     """
-    def matching_loss(images, lr):
-        theta_n = theta
-        for batch in batches:
-            theta_n = theta_n - lr * torch.func.grad(loss)(theta_n, images[batch], representations[batch])
-        return (theta_n - target).square().sum() / (theta - target).square().sum()
-
-    (grad_images, grad_lr), value = torch.func.grad_and_value(matching_loss, argnums=(0, 1))(images, lr)
-    return value, grad_images, grad_lr
+    images, lr, theta_n = (x.detach().requires_grad_() for x in (images, lr, theta))
+    for batch in batches:
+        g, = torch.autograd.grad(loss(theta_n, images[batch], representations[batch]), theta_n, create_graph=True)
+        theta_n = theta_n - lr * g
+    value = (theta_n - target).square().sum() / (theta - target).square().sum()
+    return value.detach(), *torch.autograd.grad(value, (images, lr))
 
 
 def measure(f, example, backward=False, calls=3):

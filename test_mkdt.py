@@ -383,15 +383,14 @@ def test_high_loss_subset_by_hand():
 # The matching gradient and distillation
 # ------------------------------------------------------------------------------------------------------------
 def unrolled_gradient(loss, theta, target, images, z, lr, batches):
-    """The oracle: Eq. 8 unrolled with its whole graph, Eq. 4 differentiated by autograd."""
-    images, lr = images.clone().requires_grad_(), lr.clone().requires_grad_()
-    start = theta
-    theta = theta.clone().requires_grad_()
-    for batch in batches:
-        g, = torch.autograd.grad(loss(theta, images[batch], z[batch]), theta, create_graph=True)
-        theta = theta - lr * g
-    value = (theta - target).square().sum() / (start - target).square().sum()
-    return value.detach(), *torch.autograd.grad(value, (images, lr))
+    """The oracle: Eq. 4 as one function of images and rate, Eq. 8 inside it, differentiated as a whole."""
+    def matching_loss(images, lr):
+        end = theta
+        for batch in batches:
+            end = end - lr * torch.func.grad(loss)(end, images[batch], z[batch])
+        return (end - target).square().sum() / (theta - target).square().sum()
+    (grad_images, grad_lr), value = torch.func.grad_and_value(matching_loss, argnums=(0, 1))(images, lr)
+    return value, grad_images, grad_lr
 
 
 def matching_problem(steps, dtype=torch.float64):
