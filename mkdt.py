@@ -803,7 +803,7 @@ def steps_to_time(run, z):
         ("distill: gradient", inner_gradient(loss), (theta, x, z_syn), flops(model, x, 3), len(x), S_N, False, True),
         ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta.clone()), flops(model, x, 9), len(x), S_N, False, True),
         ("eval: pre-training", lambda x, z: F.mse_loss(model(x), z), (x, z_syn), flops(model, x, 3), len(x), table_steps,
-         True, False),
+         True, True),
     ]
 
 
