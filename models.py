@@ -265,7 +265,8 @@ def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=
             seconds_a_call(compiled, example, backward)
             return compiled, True, seconds_a_call(compiled, example, backward)
         except Exception as error:                                     # no C++ compiler, no Triton, ...
-            print(f"compiling failed ({first_line(error)}): going on without", flush=True)
+            reason = " ".join(str(error).splitlines()[:2])             # the first line often names the backend alone
+            print(f"compiling failed ({reason}): going on without", flush=True)
     return f, False, seconds
 
 
