@@ -825,7 +825,7 @@ def test_settings_are_tables_8_and_9(capsys):
     }.items():
         s = mkdt.resolve(name, {"percent": float(percent)})
         assert (s["syn_steps"], s["match_epochs"], s["max_start_epoch"], s["pixel_lr"]) == (N, M, T_plus, pixel_lr)
-        assert s["expert_epochs"] == {"cifar10": 7, "cifar100": 7, "tinyimagenet": 4}[name] and s["clip"] == 0
+        assert s["expert_epochs"] == {"cifar10": 7, "cifar100": 7, "tinyimagenet": 4}[name] and s["clip"] == 10
     assert capsys.readouterr().out == ""
     assert mkdt.resolve("cifar10", {"percent": 4.0})["pixel_lr"] == 1e4 and "taking" in capsys.readouterr().out
     assert mkdt.resolve("cifar10", {"ssl": "simclr"})["teacher_epochs"] == 400
