@@ -12,7 +12,7 @@ The file follows Algorithm 1 from top to bottom:
     eval      section 5 pre-train on D_syn and probe linearly (eval.py)
     bench               what all of that will cost on this machine
 
-Bare defaults are the paper's. Everything is written below --run-dir; a run that was stopped goes on where it was.
+Bare defaults are the paper's but for --clip. Everything is written below --run-dir; a run that was stopped goes on where it was.
 """
 import argparse
 import contextlib
