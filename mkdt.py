@@ -292,6 +292,12 @@ def draw_batches(n, steps, batch_size, rng):
     return batches[:steps]
 
 
+def draw_trajectory(experts, max_start_epoch, n, syn_steps, batch_size, rng):
+    """Lines 6, 7 and 10 - 12: an expert, a start epoch t <= T+ and the mini-batches of N steps."""
+    return (int(torch.randint(experts, (), generator=rng)), int(torch.randint(max_start_epoch + 1, (), generator=rng)),
+            draw_batches(n, syn_steps, batch_size, rng))
+
+
 def clip_per_image(grad, medians, step, factor):
     """Scales each image's gradient [n, ...] to at most `factor` running medians of the per-image gradient norm.
 
@@ -327,14 +333,12 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
              "medians": torch.full((101,), float("nan"), device=device)}
     first = checkpoint.restore(**state)
     images, lr, recent = state["images"], state["lr"], []
-    broken = torch.tensor([-1.0, 0, 0, 0], device=device)                 # iteration, loss, gradient and rate that were bad
+    broken = torch.tensor([-1.0, 0, 0, 0], device=device)              # first bad iteration, its loss, gradient and rate
 
     def draw(s):
-        """Lines 6, 7 and 10 - 12 of iteration s: [(expert, start epoch, mini-batches)], t <= T+."""
         rng = generator(seed, "distill", s)
-        return [(int(torch.randint(experts, (), generator=rng)),
-                 int(torch.randint(max_start_epoch + 1, (), generator=rng)),
-                 draw_batches(len(images), syn_steps, batch_size, rng)) for _ in range(trajectories)]
+        return [draw_trajectory(experts, max_start_epoch, len(images), syn_steps, batch_size, rng)
+                for _ in range(trajectories)]
 
     log.start(first)
     for s in range(first, iterations):                                                             # line 5
@@ -346,14 +350,16 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
                                              batches))                                             # lines 13 - 17
         loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
         norm, clipped = grad_images.norm() + grad_lr.abs(), torch.zeros_like(loss)
+        medians = state["medians"].clone()
         if clip:
-            grad_images, clipped = clip_per_image(grad_images, state["medians"], s, clip)
+            grad_images, clipped = clip_per_image(grad_images, medians, s, clip)
         velocity = momentum * state["velocity"] + grad_images                                      # line 18
         lr_velocity = momentum * state["lr_velocity"] + grad_lr
         new_lr = lr - syn_lr_lr * lr_velocity
         if clip:
             new_lr = new_lr.clamp(lr / 2, lr * 2)
-        update = {"images": images - pixel_lr * velocity, "velocity": velocity, "lr": new_lr, "lr_velocity": lr_velocity}
+        update = {"images": images - pixel_lr * velocity, "velocity": velocity, "lr": new_lr, "lr_velocity": lr_velocity,
+                  "medians": medians}
         # Whether all is well is decided on the device: the host does not wait, and a bad update is never made.
         good = (broken[0] < 0) & loss.isfinite() & norm.isfinite() & new_lr.isfinite() & (new_lr > 0)
         broken = torch.where(good | (broken[0] >= 0), broken, torch.stack([torch.full_like(loss, s), loss, norm, new_lr]))
