@@ -1,6 +1,6 @@
 """Data of MKDT: images as one uint8 tensor on the device, normalised and augmented there in whole batches.
 
-    load_dataset            a data set by name (cifar10, cifar100, tinyimagenet, shapes), from a folder, or from .npz
+    load_dataset            a data set by name (see OFFICIAL), from a folder, or from an .npz file
     Dataset.batch           uint8 -> normalised float images, on the device
     two_views               the augmentations A of Eq. 1, with its own parameters for every image
     write_file, save, load  files that are either whole or not there
@@ -13,9 +13,12 @@ import json
 import math
 import os
 import random
+import shutil
+import struct
 import tempfile
 import time
 import zipfile
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from models import first_line, rank
+from models import InputError, first_line, rank
 
 # Channel means and standard deviations in [0, 1]. Those of the authors' code: the pixel learning rates of Table 8 are
 # in units of these deviations. Any other data set is normalised with its own training statistics.
@@ -35,12 +38,7 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
     "tinyimagenet": IMAGENET,
 }
-TINYIMAGENET = "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm"}
-
-
-class InputError(ValueError):
-    """Something a user can put right: a file, a flag, a value. Its message is one line and says how."""
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -251,26 +249,25 @@ def per_channel(images, *values):
 def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images=0):
     """The data set called `name`, as tensors on `device`.
 
-    name: cifar10, cifar100, tinyimagenet, shapes; or the path of a folder with train/ and test/ inside; or of a .npz.
-    image_size: side to which a folder's images are squashed (32 if 0 or None); data sets by name and .npz files have
-        their own size and refuse another.
+    name: a key of OFFICIAL; or the path of a folder with train/ and test/ inside; or of an .npz file.
+    image_size: side to which the images are squashed; 0 for their own (64 for TinyImageNet, 32 for other data sets
+        by name and for folders). An .npz file is taken as it is and refuses another size.
     train_images: only the first so many of the training images, 0 for all.
     Raises InputError if the data cannot be had.
     """
     path = Path(name)
     given_name = path.stem if path.suffix == ".npz" else path.resolve().name
-    if name in BUILDERS:
-        cache = Path(data_dir) / f"{name}.npz"
-        arrays = read_npz(cache) if cache.exists() else cached(cache, lambda: BUILDERS[name](Path(data_dir)))
+    if name in OFFICIAL:
+        arrays = read_official(name, Path(data_dir), image_size)
     elif path.suffix == ".npz":
         arrays = read_npz(path)
     elif path.is_dir():
         size = image_size or 32
         listing = hashlib.sha256(repr(_listing(path)).encode()).hexdigest()[:8]     # a changed folder is read again
         cache = Path(data_dir) / f"{given_name}-{size}px-{listing}.npz"
-        arrays = read_npz(cache) if cache.exists() else cached(cache, lambda: read_folder(path, size))
+        arrays = cached(cache, lambda: read_folder(path, size))
     else:
-        raise InputError(f"unknown data set {name!r}: give one of {', '.join(BUILDERS)}, the path of a folder with "
+        raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, the path of a folder with "
                          "train/ (and test/) inside, or of an .npz file")
     size = arrays["train_images"].shape[1]
     if image_size and image_size != size:
@@ -287,7 +284,7 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
 
 
 def channel_statistics(images):
-    """Mean and standard deviation per channel, in [0, 1], of uint8 images [N, H, W, 3], from counts of the 256 values."""
+    """Mean and standard deviation per channel, in [0, 1], of uint8 images [N, H, W, 3], from counts of 256 values."""
     value, mean, std = np.arange(256) / 255, [], []
     for channel in range(3):
         share = np.bincount(images[..., channel].ravel(), minlength=256) / images[..., channel].size
@@ -297,7 +294,9 @@ def channel_statistics(images):
 
 
 def cached(path, make):
-    """make()'s arrays, checked and written once to the .npz `path`."""
+    """The arrays in the .npz `path`; if there is none, make()'s, checked and written there once."""
+    if path.exists():
+        return read_npz(path)
     arrays = make()
     check_arrays(arrays, path)
     write_file(path, lambda file: np.savez(file, **arrays))
@@ -346,42 +345,211 @@ def check_arrays(arrays, path):
 # ------------------------------------------------------------------------------------------------------------
 # Where the named data sets come from
 # ------------------------------------------------------------------------------------------------------------
-def _fetch_failed(name, data_dir, error, what):
-    return InputError(f"cannot fetch {name} ({error}): put {what} into {data_dir}/ (or {name}.npz; README, 'Data'); "
-                      "--dataset shapes needs no file")
+# The folder that a data set is unpacked to: [(address, md5, or None where none is known for certain), ...], megabytes.
+ARCHIVES = {
+    "tiny-imagenet-200": ([("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                            "90528d7ca1a48142e341f4ef8d21d0de")], 248),
+    "fgvc-aircraft-2013b": ([("https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft/archives/"
+                              "fgvc-aircraft-2013b.tar.gz", None)], 2750),
+    "CUB_200_2011": ([("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+                       "97eceeb196236b17998738112f37df78")], 1150),
+    "stanford-dogs": ([("http://vision.stanford.edu/aditya86/ImageNetDogs/images.tar", None),
+                       ("http://vision.stanford.edu/aditya86/ImageNetDogs/lists.tar", None)], 794),
+    "flowers-102": ([("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/102flowers.tgz",
+                      "52808999861908f626f3c1f4e79d11fa"),
+                     ("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/imagelabels.mat",
+                      "e0620be6f572b9609742df49c70aed4d"),
+                     ("https://www.robots.ox.ac.uk/~vgg/data/flowers/102/setid.mat",
+                      "a5357ecc9cb78c4bef273ce3793fc85c")], 345),
+}
 
 
-def _cifar(name, data_dir):
-    make = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+def read_official(name, data_dir, size=0):
+    """The four arrays of a data set of OFFICIAL at `size` pixels (0: its own), from its cache or fetched, once."""
+    read, own, _ = OFFICIAL[name]
+    return cached(cache_of(name, data_dir, size), lambda: read(data_dir, size or own))
+
+
+def to_download(names, data_dir, size=0):
+    """{name: megabytes} of those data sets of which neither the cache, nor the unpacked folder, nor the archives lie
+    in `data_dir`."""
+    cifar = {"cifar-10-batches-py": ([("cifar-10-python.tar.gz", None)], 170),
+             "cifar-100-python": ([("cifar-100-python.tar.gz", None)], 169)}
+    found = {}
+    for name in (name for name in names if name in OFFICIAL):
+        folder, sources = OFFICIAL[name][2], {**cifar, **ARCHIVES}
+        files = [url.rsplit("/", 1)[-1] for url, _ in sources.get(folder, ([], 0))[0]]
+        there = [cache_of(name, data_dir, size), Path(data_dir, folder), *([cache_of(name, data_dir)] * (folder in cifar))]
+        if files and not any(p.exists() for p in there) and not all(Path(data_dir, file).exists() for file in files):
+            found[name] = sources[folder][1]
+    return found
+
+
+def cache_of(name, data_dir, size=0):
+    """The cache of a data set of OFFICIAL at `size` pixels (0: its own)."""
+    return Path(data_dir, f"{name}.npz" if size in (0, OFFICIAL[name][1]) else f"{name}-{size}px.npz")
+
+
+def unpacked(data_dir, folder):
+    """The path data_dir/folder: as it lies there, or fetched and unpacked; whole or not there at all."""
+    if (data_dir / folder).is_dir():
+        return data_dir / folder
+    files, beside = ARCHIVES[folder][0], None
     try:
-        splits = {split: make(data_dir, train=split == "train", download=True) for split in ("train", "test")}
-    except Exception as error:                              # no network, a broken archive, a folder without the right
-        raise _fetch_failed(name, data_dir, error, make.filename) from error
-    return {**{f"{s}_images": d.data for s, d in splits.items()},
-            **{f"{s}_labels": np.array(d.targets, np.int64) for s, d in splits.items()}}
+        data_dir.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(dir=data_dir, prefix=f".{folder}."))
+        (beside / "unpacked").mkdir()
+        for url, md5 in files:
+            file = data_dir / url.rsplit("/", 1)[1]
+            if not file.exists():                                # a part of a file is thus never taken for the whole
+                file = beside / file.name
+                torchvision.datasets.utils.download_url(url, beside, md5=md5)
+            elif md5 and not torchvision.datasets.utils.check_integrity(file, md5):
+                raise OSError(f"{file} is damaged, its md5 is not {md5}")
+            if file.suffix == ".mat":
+                shutil.copy(file, beside / "unpacked")
+            else:                                                # neither kind may write outside the folder
+                shutil.unpack_archive(file, beside / "unpacked",
+                                      **({} if file.suffix == ".zip" else {"filter": "data"}))
+        inside = beside / "unpacked" / folder
+        (inside if inside.is_dir() else beside / "unpacked").rename(data_dir / folder)
+    except Exception as error:                                   # no network, a damaged archive, a full disk
+        names = ", ".join(url.rsplit("/", 1)[1] for url, _ in files)
+        raise InputError(f"cannot fetch {folder} ({first_line(error)}): put whole and undamaged {names} into "
+                         f"{data_dir}/, or the unpacked folder {folder}; --dataset shapes needs no file") from error
+    finally:
+        if beside:
+            shutil.rmtree(beside, ignore_errors=True)
+    return data_dir / folder
 
 
-def _tinyimagenet(data_dir):
-    """Official layout: train/<wnid>/images/*.JPEG; val/images with val/val_annotations.txt, which is the test split."""
-    root, (url, md5) = data_dir / "tiny-imagenet-200", TINYIMAGENET
-    if not root.is_dir():
+def _cifar(make, name):
+    """A reader of CIFAR: torchvision's data set `make`, squashed from the cache `name` to other sizes."""
+    def read(data_dir, size):
+        if size != 32:
+            arrays = read_official(name, data_dir)
+            return {k: v if v.ndim == 1 else np.stack([_squash(Image.fromarray(x), size) for x in v])
+                    for k, v in arrays.items()}
         try:
-            torchvision.datasets.utils.download_and_extract_archive(url, data_dir, md5=md5)
-        except Exception as error:
-            raise _fetch_failed("tinyimagenet", data_dir, error, url.rsplit("/", 1)[1]) from error
-    annotations = root / "val" / "val_annotations.txt"
-    try:
-        wnids = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
-        train = [(p, i) for i, w in enumerate(wnids) for p in sorted((root / "train" / w / "images").iterdir())]
-        val = [line.split("\t")[:2] for line in annotations.read_text().splitlines()]
-        test = [(root / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]
-    except OSError as error:
-        raise InputError(f"{error.filename} is missing: {root} is not the official TinyImageNet folder; delete it to "
-                         "have it fetched again") from error
-    except ValueError as error:
-        raise InputError(f"{annotations} is not the official file ({error}): delete {root} to have it fetched again") \
-            from error
-    return _decode({"train": train, "test": test}, 64)
+            splits = {split: make(data_dir, train=split == "train", download=True) for split in ("train", "test")}
+        except Exception as error:                          # no network, a broken archive, a folder without the right
+            raise InputError(f"cannot fetch {name} ({first_line(error)}): put {make.filename} into {data_dir}/ "
+                             f"(or {name}.npz; README, 'Data'); --dataset shapes needs no file") from error
+        return {**{f"{s}_images": d.data for s, d in splits.items()},
+                **{f"{s}_labels": np.array(d.targets, np.int64) for s, d in splits.items()}}
+    return read
+
+
+def _folder(folder, list_files):
+    """A reader of an official folder: list_files(root) -> {split: [(path, label from 0), ...]}."""
+    def read(data_dir, size):
+        root = unpacked(data_dir, folder) if folder in ARCHIVES else data_dir / folder
+        try:
+            splits = list_files(root)
+        except InputError:
+            raise
+        except OSError as error:
+            raise InputError(f"{error.filename} is missing: {root} is not the official folder; delete it to have it "
+                             "fetched again, or put it there unpacked") from error
+        except (ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
+            raise InputError(f"the lists in {root} are not the official ones ({first_line(error)}): delete it to have "
+                             "it fetched again") from error
+        return _decode(splits, size)
+    return read
+
+
+def _list_tinyimagenet(root):
+    """train/<wnid>/images/*.JPEG; val/images with val/val_annotations.txt, which is the test split."""
+    wnids = sorted(p.name for p in (root / "train").iterdir() if p.is_dir())
+    train = [(p, i) for i, w in enumerate(wnids) for p in sorted((root / "train" / w / "images").iterdir())]
+    val = [line.split("\t")[:2] for line in (root / "val" / "val_annotations.txt").read_text().splitlines()]
+    return {"train": train, "test": [(root / "val" / "images" / file, wnids.index(wnid)) for file, wnid in val]}
+
+
+def _list_aircraft(root):
+    """torchvision's lists: 100 variants, trainval and test."""
+    splits = {"train": "trainval", "test": "test"}
+    lists = {k: torchvision.datasets.FGVCAircraft(root.parent, split, "variant") for k, split in splits.items()}
+    return {k: list(zip(d._image_files, d._labels)) for k, d in lists.items()}
+
+
+def _list_cub(root):
+    """images.txt, image_class_labels.txt and train_test_split.txt, each a line "number value" an image."""
+    paths, classes, in_train = (dict(line.split() for line in (root / name).read_text().splitlines())
+                                for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
+    return {split: [(root / "images" / paths[i], int(classes[i]) - 1) for i in paths if in_train[i] == flag]
+            for split, flag in (("train", "1"), ("test", "0"))}
+
+
+def _list_dogs(root):
+    """Images/<breed>/*.jpg with train_list.mat and test_list.mat."""
+    lists = {split: read_mat(root / f"{split}_list.mat") for split in ("train", "test")}
+    return {split: [(root / "Images" / file, int(label) - 1) for file, label in zip(m["file_list"], m["labels"])]
+            for split, m in lists.items()}
+
+
+def _list_flowers(root):
+    """jpg/image_00001.jpg ... with imagelabels.mat and setid.mat (torchvision reads those only through scipy)."""
+    labels, sets = read_mat(root / "imagelabels.mat")["labels"], read_mat(root / "setid.mat")
+    return {split: [(root / "jpg" / f"image_{i:05d}.jpg", int(labels[i - 1]) - 1) for i in map(int, sets[name])]
+            for split, name in (("train", "trnid"), ("test", "tstid"))}
+
+
+def _list_cars(root):
+    """torchvision's layout: cars_train/, cars_test/, devkit/cars_train_annos.mat, cars_test_annos_withlabels.mat."""
+    if not root.is_dir():
+        raise InputError(f"cannot fetch Stanford Cars, its official address is dead: unpack a copy as {root}/ with "
+                         "cars_train/, cars_test/, devkit/cars_train_annos.mat and cars_test_annos_withlabels.mat")
+    lists = {"train": read_mat(root / "devkit" / "cars_train_annos.mat"),
+             "test": read_mat(root / "cars_test_annos_withlabels.mat")}
+    return {split: [(root / f"cars_{split}" / car["fname"], int(car["class"][0]) - 1) for car in m["annotations"]]
+            for split, m in lists.items()}
+
+
+MAT_NUMBERS = {1: "i1", 2: "u1", 3: "<i2", 4: "<u2", 5: "<i4", 6: "<u4", 7: "<f4", 9: "<f8", 12: "<i8", 13: "<u8",
+               16: "u1", 17: "<u2"}
+
+
+def read_mat(path):
+    """The variables of a MATLAB 5 file, as official lists come in: {name: flat array, string, list (cell array) or
+    list of dicts (struct array)}. Raises ValueError on anything else."""
+    raw = Path(path).read_bytes()
+    if raw[:10] != b"MATLAB 5.0" or raw[126:128] != b"IM":
+        raise ValueError(f"{path} is not a MATLAB 5 file")
+    return dict(_mat_value(body) for _, body in _mat_elements(raw[128:]))
+
+
+def _mat_elements(raw):
+    """(type, bytes) of the data elements in `raw`, compressed ones unpacked."""
+    at = 0
+    while at < len(raw):
+        kind, size = struct.unpack_from("<II", raw, at)
+        start, end = at + 8, at + 8 + size + (-size % 8 if kind != 15 else 0)
+        if kind >> 16:                                       # a small element: its bytes stand in the tag itself
+            kind, size, start, end = kind & 0xffff, kind >> 16, at + 4, at + 8
+        body, at = raw[start:start + size], end
+        if kind == 15:
+            yield from _mat_elements(zlib.decompress(body))
+        else:
+            yield kind, body
+
+
+def _mat_value(body):
+    """(name, value) of one matrix element."""
+    if not body:
+        return "", []
+    (_, flags), _, (_, name), *parts = _mat_elements(body)
+    kind, name = flags[0], name.decode()
+    if kind == 1:                                                                          # cell array
+        return name, [_mat_value(part)[1] for _, part in parts]
+    if kind == 2:                                                                          # struct array
+        (_, width), (_, names), *parts = parts
+        width = int.from_bytes(width, "little")
+        fields = [names[i:i + width].split(b"\0")[0].decode() for i in range(0, len(names), width)]
+        values = [_mat_value(part)[1] for _, part in parts]
+        return name, [dict(zip(fields, values[i:i + len(fields)])) for i in range(0, len(values), len(fields))]
+    numbers = np.frombuffer(parts[0][1], MAT_NUMBERS[parts[0][0]])
+    return name, "".join(map(chr, numbers)) if kind == 4 else numbers                      # 4: characters
 
 
 def _listing(folder):
@@ -407,12 +575,17 @@ def read_folder(folder, size):
     return _decode(splits, size)
 
 
+def _squash(image, size):
+    """A PIL image as uint8 [size, size, 3], squashed with Lanczos."""
+    return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
+
+
 def _decode(splits, size):
     """{split: [(path, label), ...]} -> the four arrays: RGB, squashed to `size` with Lanczos, by several threads."""
     def decode(path):
         try:
             with Image.open(path) as image:
-                return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+                return _squash(image.convert("RGB"), size)
         except Exception as error:                          # PIL raises almost anything on a damaged file
             raise InputError(f"cannot read the image {path} ({error}): repair or remove it") from error
 
@@ -454,7 +627,8 @@ def _shape_distance(kind, x, y):
     if kind == "triangle":
         return polygon(3)
     if kind == "cross":
-        return np.minimum(np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.95), np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.27))
+        x, y = np.abs(x), np.abs(y)
+        return np.minimum(np.maximum(x - 0.27, y - 0.95), np.maximum(x - 0.95, y - 0.27))
     if kind == "star":
         angle = np.abs(np.mod(np.arctan2(y, x), 2 * np.pi / 5) - np.pi / 5)     # 0 in a notch, pi/5 on a tip
         return r - (0.42 + 0.58 * (angle / (np.pi / 5)) ** 1.5)
@@ -509,11 +683,17 @@ def make_shapes(train=4000, test=1000, size=32, seed=0):
             "test_images": images[train:], "test_labels": labels[train:]}
 
 
-BUILDERS = {
-    "cifar10": lambda data_dir: _cifar("cifar10", data_dir),
-    "cifar100": lambda data_dir: _cifar("cifar100", data_dir),
-    "tinyimagenet": _tinyimagenet,
-    "shapes": lambda data_dir: make_shapes(),
+# Data sets by name: how they are read, their side in pixels, and the folder that is fetched or must lie in data_dir.
+OFFICIAL = {
+    "cifar10": (_cifar(torchvision.datasets.CIFAR10, "cifar10"), 32, "cifar-10-batches-py"),
+    "cifar100": (_cifar(torchvision.datasets.CIFAR100, "cifar100"), 32, "cifar-100-python"),
+    "tinyimagenet": (_folder("tiny-imagenet-200", _list_tinyimagenet), 64, "tiny-imagenet-200"),
+    "aircraft": (_folder("fgvc-aircraft-2013b", _list_aircraft), 32, "fgvc-aircraft-2013b"),
+    "cub2011": (_folder("CUB_200_2011", _list_cub), 32, "CUB_200_2011"),
+    "dogs": (_folder("stanford-dogs", _list_dogs), 32, "stanford-dogs"),
+    "flowers": (_folder("flowers-102", _list_flowers), 32, "flowers-102"),
+    "cars": (_folder("stanford_cars", _list_cars), 32, "stanford_cars"),
+    "shapes": (lambda data_dir, size: make_shapes(size=size), 32, ""),
 }
 
 
@@ -627,3 +807,13 @@ def _view(images, rng, order, scale, jitter, gray):
         neutral = 0 if JITTERS[i] is adjust_hue else 1                     # hue is a shift, the others are factors
         images = JITTERS[i](images, neutral + amount[i].view(n, 1, 1, 1))
     return torch.where(chance(gray).view(n, 1, 1, 1), grayscale(images), images)
+
+
+def shift_and_flip(images, seed, most=4):
+    """Each of the normalised images [B, C, H, H] shifted by up to `most` pixels each way (zeros come in) and mirrored
+    or not; `seed` fixes the draw."""
+    rng, (n, _, _, size) = torch.Generator(images.device).manual_seed(seed), images.shape
+    top, left = torch.randint(2 * most + 1, (2, n), device=images.device, generator=rng)
+    flip = torch.rand(n, device=images.device, generator=rng) < 0.5
+    whole = torch.full((n,), size, device=images.device)
+    return resized_crop(torch.nn.functional.pad(images, [most] * 4), top, left, whole, whole, size, flip)

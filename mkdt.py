@@ -12,7 +12,8 @@ The file follows Algorithm 1 from top to bottom:
     eval      section 5 pre-train on D_syn and probe linearly (eval.py)
     bench               what all of that will cost on this machine
 
-Bare defaults are the paper's but for --clip. Everything is written below --run-dir; a run that was stopped goes on where it was.
+Bare defaults are the paper's but for --clip. Everything is written below --run-dir; a run that was stopped goes on
+where it was.
 """
 import argparse
 import contextlib
@@ -33,11 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import models
-from data import (Checkpoint, InputError, Log, denormalize, duration, fingerprint, load, load_dataset, normalize,
+from data import (Checkpoint, Log, denormalize, duration, fingerprint, load, load_dataset, normalize,
                   read_json, save, save_json, two_views, write_file)
-from models import (ConvNet, average_over_ranks, barlow_twins_loss, build, compile_if_it_pays, flat_parameters,
-                    from_rank_0, functional, generator, join_ranks, nt_xent_loss, pick_device, rank, rank_0_first, ranks,
-                    rows_of_all_ranks, seconds_a_call, stream, wait_for_ranks)
+from models import (ConvNet, InputError, average_over_ranks, build, compile_if_it_pays, flat_parameters,
+                    from_rank_0, functional, generator, join_ranks, pick_device, rank, rank_0_first, ranks,
+                    rows_of_all_ranks, seconds_a_call, self_supervised_loss, stream, wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -76,7 +77,7 @@ SETTINGS = {
     "syn_lr_lr":          ("distill", 1e-4, "rate of SGD on the learned rate"),
     "syn_momentum":       ("distill", 0.5, "momentum of both"),
     "syn_batch":          ("distill", 256, "distilled images a step"),
-    "clip":               ("distill", 10.0, "limit on each image's gradient norm, in its running medians; 0: none, as paper"),
+    "clip":               ("distill", 10.0, "limit on an image's gradient, in running medians of its norm; 0: none, as paper"),
     "trajectories_per_step": ("distill", 1, "draws of expert and start epoch averaged in an iteration, on each rank"),
     "iterations":         ("length", 5000, "S, the number of distillation iterations"),
     "pretrain_epochs":    ("eval", 20, "epochs of pre-training (Eq. 9)"),
@@ -113,8 +114,7 @@ def teacher_loss(z, ssl, lambd, temperature):
 
     With several ranks, F or the negatives are taken over the images of all of them.
     """
-    z1, z2 = (rows_of_all_ranks(half) for half in z.float().chunk(2))
-    return barlow_twins_loss(z1, z2, lambd) if ssl == "barlow" else nt_xent_loss(z1, z2, temperature)
+    return self_supervised_loss(*(rows_of_all_ranks(half) for half in z.chunk(2)), ssl, lambd, temperature)
 
 
 def warmup_cosine(step, steps, warmup, peak, floor):
@@ -333,7 +333,7 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
              "medians": torch.full((101,), float("nan"), device=device)}
     first = checkpoint.restore(**state)
     images, lr, recent = state["images"], state["lr"], []
-    broken = torch.tensor([-1.0, 0, 0, 0], device=device)              # first bad iteration, its loss, gradient and rate
+    broken = torch.tensor([-1.0, 0, 0, 0], device=device)          # first bad iteration, its loss, gradient and rate
 
     def draw(s):
         rng = generator(seed, "distill", s)
@@ -358,11 +358,12 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
         new_lr = lr - syn_lr_lr * lr_velocity
         if clip:
             new_lr = new_lr.clamp(lr / 2, lr * 2)
-        update = {"images": images - pixel_lr * velocity, "velocity": velocity, "lr": new_lr, "lr_velocity": lr_velocity,
-                  "medians": medians}
+        update = {"images": images - pixel_lr * velocity, "velocity": velocity, "lr": new_lr,
+                  "lr_velocity": lr_velocity, "medians": medians}
         # Whether all is well is decided on the device: the host does not wait, and a bad update is never made.
         good = (broken[0] < 0) & loss.isfinite() & norm.isfinite() & new_lr.isfinite() & (new_lr > 0)
-        broken = torch.where(good | (broken[0] >= 0), broken, torch.stack([torch.full_like(loss, s), loss, norm, new_lr]))
+        found = torch.stack([torch.full_like(loss, s), loss, norm, new_lr])
+        broken = torch.where(good | (broken[0] >= 0), broken, found)
         for name, value in update.items():
             state[name].copy_(torch.where(good, value, state[name]))
 
@@ -371,15 +372,15 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
         show = log.due() or last
         if show or milestone or checkpoint.due():                    # only here does the host wait for the device
             if rank() == 0 and broken[0] >= 0:
-                at, *values = broken.tolist()
+                at, value, norm, new_lr = broken.tolist()
                 checkpoint.save(int(at), **state)
                 snapshot(int(at), images, lr)
+                starts = ", ".join(f"expert {i} from epoch {t}" for i, t, _ in draw(int(at)))
                 raise InputError(
-                    f"distill: iteration {int(at)} is not usable: loss {values[0]:.3g}, gradient norm {values[1]:.3g}, new "
-                    f"rate {values[2]:.3g}, old {lr.item():.3g}, "
-                    + ", ".join(f"expert {i} from epoch {t}" for i, t, _ in draw(int(at)))
-                    + f". The state before it is saved. Lower --pixel-lr {pixel_lr:g}, --syn-lr-lr {syn_lr_lr:g} or "
-                      f"--syn-lr {syn_lr:g}, or give a smaller --clip (now {clip:g}; 0 is none), with --force")
+                    f"distill: iteration {at:.0f} is not usable: loss {value:.3g}, gradient norm {norm:.3g}, new rate "
+                    f"{new_lr:.3g}, old {lr.item():.3g}, {starts}. The state before it is saved. Lower --pixel-lr "
+                    f"{pixel_lr:g}, --syn-lr-lr {syn_lr_lr:g} or --syn-lr {syn_lr:g}, or give a smaller --clip (now "
+                    f"{clip:g}; 0 is none), with --force")
             means = torch.stack(recent).mean(dim=0).tolist()
             if show:
                 log("distill", s + 1, iterations, loss=means[0], lr=lr.item(),
@@ -529,7 +530,7 @@ class Run:
 
 
 def teacher_stage(run):
-    """Trains the teacher and encodes the data: teacher.pt, representations.pt [n, d], representations_test.pt [m, d]."""
+    """Trains the teacher and encodes the data: teacher.pt, representations.pt [n, d], representations_test.pt."""
     s, data, folder = run.settings, run.dataset, run.run_dir
     given = run.representations_file and read_representations(run.representations_file, len(data.train_images))
     run.claim("teacher", "teacher*.pt", "representations*.pt")
@@ -542,7 +543,7 @@ def teacher_stage(run):
                     run.seed, "teacher")
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
     model = torch.nn.Sequential(encoder, head).to(run.device).to(memory_format=torch.channels_last)
-    if ranks() > 1 and run.device.type == "cuda":                    # torch has it for GPUs only: on CPUs each rank's own
+    if ranks() > 1 and run.device.type == "cuda":               # torch has it for GPUs only: on CPUs each rank's own
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if (folder / "teacher.pt").exists():
         encoder.load_state_dict(load(folder / "teacher.pt"))
@@ -659,8 +660,9 @@ def init_stage(run):
     model, f = student(run, z.shape[1])
     example = flat_parameters(model), data.batch(data.train_images[:evaluation.CHUNK])
     seconds = [seconds_a_call(torch.no_grad()(f), example) for _ in range(2)][-1]
-    print(f"init: the loss of {len(z)} images under {s['experts']} experts, about "
-          f"{duration(seconds * s['experts'] * math.ceil(len(z) / evaluation.CHUNK))}, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
+    chunks = s["experts"] * math.ceil(len(z) / evaluation.CHUNK)
+    print(f"init: the loss of {len(z)} images under {s['experts']} experts, about {duration(seconds * chunks)}, "
+          f"{len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
     thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
     losses = loss_per_image(f, thetas, data.train_images, z.to(run.device), data.batch).cpu()
     if s["init"] == "high_loss":
@@ -701,8 +703,9 @@ def distill_stage(run):
 
     final, lr, done = distill(
         gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"],
-        s["trajectories_per_step"] * ranks(), s["syn_steps"], s["match_epochs"], s["max_start_epoch"], s["pixel_lr"], s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"],
-        s["syn_batch"], s["clip"], run.seed, run.log, Checkpoint(folder / "distill_checkpoint.pt", run.minutes),
+        s["trajectories_per_step"] * ranks(), s["syn_steps"], s["match_epochs"], s["max_start_epoch"], s["pixel_lr"],
+        s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"], s["syn_batch"], s["clip"], run.seed, run.log,
+        Checkpoint(folder / "distill_checkpoint.pt", run.minutes),
         lambda iteration, images, lr: write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt"))
     if rank():
         return
@@ -717,7 +720,8 @@ def eval_stage(run):
     if not run.dataset.labelled:
         return print(f"eval: {run.dataset.name} has no labels in both splits; to probe on another data set:\n"
                      f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
-    evaluation.evaluate(run.set_dir, data_dir=run.data_dir, device=run.device, compile=run.compile)
+    evaluation.evaluate(run.set_dir, data_dir=run.data_dir, device=run.device, compile=run.compile,
+                        reference="random")
     print(f"\n{(run.set_dir / 'results.md').read_text()}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
 
@@ -730,7 +734,7 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 # Bench: what the run will cost on this machine
 # ------------------------------------------------------------------------------------------------------------
 def unrolled_gradient(loss, theta, target, images, representations, lr, batches):
-    """What `matching_gradient` computes, the way other implementations do: back-propagation through all N steps at once.
+    """What `matching_gradient` computes, as other implementations do: back-propagation through all N steps at once.
 
     Equal up to rounding; its memory grows with N. For comparison only. Returns (loss, images' and rate's gradient).
     """
@@ -743,16 +747,18 @@ def unrolled_gradient(loss, theta, target, images, representations, lr, batches)
 
 
 def measure(f, example, backward=False, calls=3):
-    """(median seconds of `calls` calls of f, peak bytes meanwhile): of the GPU, or of this process where there is none."""
+    """(median seconds of `calls` calls of f, peak bytes meanwhile: of the GPU, or of this process)."""
     device, status = example[0].device, Path("/proc/self/status")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif status.exists():
-        Path("/proc/self/clear_refs").write_text("5")                         # Linux: sets the peak to what is in use now
+        Path("/proc/self/clear_refs").write_text("5")                     # Linux: sets the peak to what is in use now
     seconds = statistics.median(seconds_a_call(f, example, backward) for _ in range(calls))
     if device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(device)
-    return seconds, 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1)) if status.exists() else math.nan
+    if not status.exists():
+        return seconds, math.nan
+    return seconds, 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
 
 
 def free_memory(device):
@@ -776,7 +782,8 @@ def steps_to_time(run, z):
         (s["teacher_batch"], n), (s["expert_batch"], n), (s["syn_batch"], run.size), (evaluation.CHUNK, n)))
     x, x_expert, views = data.batch(syn), data.batch(expert), data.batch(real).repeat(2, 1, 1, 1)
     chunks, S_N = math.ceil(n / len(chunk)), s["iterations"] * s["syn_steps"]
-    teacher_steps, expert_steps = s["teacher_epochs"] * (n // len(real)), s["expert_epochs"] * math.ceil(n / len(expert))
+    teacher_steps = s["teacher_epochs"] * (n // len(real))
+    expert_steps = s["expert_epochs"] * math.ceil(n / len(expert))
     # The default table: random and distilled sets four times and the full data once, with three seeds each.
     table_steps = 3 * s["pretrain_epochs"] * (4 * math.ceil(run.size / len(syn)) + math.ceil(n / len(syn)))
 
@@ -807,9 +814,10 @@ def steps_to_time(run, z):
         ("init: loss", loss_of, (chunk,), flops(model, data.batch(chunk), 1), len(chunk), s["experts"] * chunks, False,
          False),
         ("distill: gradient", inner_gradient(loss), (theta, x, z_syn), flops(model, x, 3), len(x), S_N, False, True),
-        ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta.clone()), flops(model, x, 9), len(x), S_N, False, True),
-        ("eval: pre-training", lambda x, z: F.mse_loss(model(x), z), (x, z_syn), flops(model, x, 3), len(x), table_steps,
-         True, True),
+        ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta.clone()), flops(model, x, 9), len(x), S_N,
+         False, True),
+        ("eval: pre-training", lambda x, z: F.mse_loss(model(x), z), (x, z_syn), flops(model, x, 3), len(x),
+         table_steps, True, True),
     ]
 
 
@@ -829,11 +837,13 @@ def compare_gradients(run, z, gradient, adjoint):
             if growth * N > free_memory(run.device):
                 print(f"{name}, N = {N}: left out, it needs {growth * N / 1e9:.0f} GB")
                 break
-            batches = [b.to(run.device) for b in draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))]
+            batches = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
+            batches = [batch.to(run.device) for batch in batches]
             example = theta, target, images, z[:run.size], torch.tensor(s["syn_lr"], device=run.device), batches
             version(*example)
             seconds, peak = measure(version, example)
-            rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N, "peak GB": peak / 1e9})
+            rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N,
+                         "peak GB": peak / 1e9})
             growth = max(0, peak - 1e9 * rows[-2]["peak GB"]) / (N / 2) if N > 1 else 0          # bytes a step more
             print_row(rows[-1], rows[0])
     return rows
@@ -902,7 +912,8 @@ def resolve(dataset, given):
     settings.update(ROWS[known, row])
     # Only epochs 0 .. T+ + M of an expert are ever read; the rate is constant, so training may stop at the largest
     # T+ + M of the data set's rows and the trajectories are those of longer training.
-    settings["expert_epochs"] = max(r["max_start_epoch"] + r["match_epochs"] for (d, _), r in ROWS.items() if d == known)
+    settings["expert_epochs"] = max(row["max_start_epoch"] + row["match_epochs"]
+                                    for (name, _), row in ROWS.items() if name == known)
     settings.update(given)
     return settings
 
@@ -916,8 +927,8 @@ def describe(settings, stage):
 
 def check_settings(settings):
     """Raises InputError for values that cannot work."""
-    zero_is_fine = {"train_images", "image_size", "max_pool", "max_start_epoch", "clip", "teacher_decay", "gray", "lambd",
-                    "expert_decay", "expert_momentum", "syn_momentum", "syn_lr_lr", "pixel_lr", "iterations"}
+    zero_is_fine = {"train_images", "image_size", "max_pool", "max_start_epoch", "clip", "teacher_decay", "gray",
+                    "lambd", "expert_decay", "expert_momentum", "syn_momentum", "syn_lr_lr", "pixel_lr", "iterations"}
     below_one = {"expert_momentum", "syn_momentum", "crop_scale", "gray"}
     for name, value in settings.items():
         if isinstance(value, str):
@@ -974,7 +985,7 @@ def parse(argv):
 def main(argv=None):
     """The command line. Exit code 2 and one line on stderr for anything the user can put right."""
     args, given = parse(argv)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")             # torch's own, of its own parts
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")         # torch's own, of its own parts
     try:
         device = join_ranks(pick_device(args.device))
         with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
@@ -990,7 +1001,7 @@ def main(argv=None):
                 print(f"{name}: {describe(settings, name)}", flush=True)
                 STAGES[name](run)
                 wait_for_ranks()
-    except ValueError as error:
+    except InputError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

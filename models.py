@@ -22,6 +22,10 @@ import torch.nn.functional as F
 from torch import nn
 
 
+class InputError(ValueError):
+    """Something a user can put right: a file, a flag, a value. Its message is one line and says how."""
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Random numbers: each draw has a name
 # ------------------------------------------------------------------------------------------------------------
@@ -82,14 +86,14 @@ class ConvNet(nn.Module):
         depth = depth or convnet_depth(image_size)
         side = image_size // 2**depth
         if side < 1:
-            raise ValueError(f"{image_size}-pixel images are too small for {depth} poolings of 2x2")
+            raise InputError(f"{image_size}-pixel images are too small for {depth} poolings of 2x2")
         channels = [3] + [width] * depth
         self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels, channels[1:]))
         self.norms = nn.ModuleList(InstanceNorm(width) for _ in range(depth))
         self.head = nn.Linear(width * side * side, out_dim)
 
     def features(self, x):                                       # [B, 3, H, W], normalised
-        x = x.contiguous(memory_format=torch.channels_last)      # the faster layout for convolutions, on CPUs as on GPUs
+        x = x.contiguous(memory_format=torch.channels_last)       # faster for convolutions, on CPUs as on GPUs
         for conv, norm in zip(self.convs, self.norms):
             x = F.avg_pool2d(F.relu(norm(conv(x))), 2)           # [B, width, H/2, W/2]
         return x.flatten(1)
@@ -171,7 +175,7 @@ def projector(ssl, dim):
     if ssl == "simclr":
         return nn.Sequential(nn.Linear(dim, dim), nn.BatchNorm1d(dim), nn.ReLU(),
                              nn.Linear(dim, 128), nn.BatchNorm1d(128))
-    raise ValueError(f"unknown self-supervised loss {ssl!r}: choose barlow or simclr")
+    raise InputError(f"unknown self-supervised loss {ssl!r}: choose barlow or simclr")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -201,6 +205,12 @@ def nt_xent_loss(z1, z2, temperature=0.5):
     similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))         # a view is no negative of itself
     positive = torch.arange(len(z), device=z.device).roll(len(z1))             # i <-> i + B
     return F.cross_entropy(similarity, positive)
+
+
+def self_supervised_loss(z1, z2, ssl, lambd, temperature):
+    """`barlow_twins_loss` or, for ssl "simclr", `nt_xent_loss`, in float32: L_SSL of Eq. 6."""
+    z1, z2 = z1.float(), z2.float()
+    return barlow_twins_loss(z1, z2, lambd) if ssl == "barlow" else nt_xent_loss(z1, z2, temperature)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -254,8 +264,8 @@ def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=
 
     example: arguments to try f on, a tensor the first, no tensor twice (the compiler would take that for a rule).
     mode: "on", "off", or "auto": compiled if `steps` calls, as they are, take more than three times the
-    `compile_seconds`; about half of that time is what compiling saves. backward: the backward pass of f's result belongs
-    to the call. Where no working compiler is found, says so and returns f.
+    `compile_seconds`; about half of that time is what compiling saves. backward: the backward pass of f's result
+    belongs to the call. Where no working compiler is found, says so and returns f.
     """
     seconds_a_call(f, example, backward)
     seconds = from_rank_0(seconds_a_call(f, example, backward))
@@ -274,14 +284,14 @@ def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=
 # Devices and processes: alone, or as one of the ranks that torchrun starts
 # ------------------------------------------------------------------------------------------------------------
 def pick_device(name):
-    """The torch.device called `name`; "auto" is the GPU if there is one. Raises ValueError if it cannot be used."""
+    """The torch.device called `name`; "auto" is the GPU if there is one. Raises InputError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.ones(1, device=device).item()
     except Exception as error:
-        raise ValueError(f"--device {name} cannot be used here ({first_line(error)}): try auto or cpu") from error
+        raise InputError(f"--device {name} cannot be used here ({first_line(error)}): try auto or cpu") from error
     return device
 
 

@@ -2,12 +2,18 @@
 
     python -m pytest
 """
+import base64
+import collections
+import hashlib
 import json
 import math
+import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -223,14 +229,179 @@ def test_tinyimagenet_official_layout(tmp_path):
     assert (tmp_path / "tinyimagenet.npz").exists() and d.mean == data.IMAGENET[0]
 
 
+# What scipy.io.savemat wrote, compressed: file_list (cells), labels, trnid (uint16), annotations (structs), empty.
+MAT_OF_SCIPY = (
+    'TUFUTEFCIDUuMCBNQVQtZmlsZSBQbGF0Zm9ybTogcG9zaXgsIENyZWF0ZWQgb246IE1vbiBOb3YgMjMgMTc6Mjc6MTUgMjAyNgAAAAAAAAAAAA'
+    'AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAABSU0PAAAAVQAAAHic42NgYDgBxGxAzAHEjAwQwArlM0HFQJgTiNMy'
+    'c1LjczKLS6Dq+IDYAUk/C5p+kD5eJHMFoPw8A0Ndl/x0/US9rIJ0iswx0nVOLNFPgpoDAO2BDhcPAAAAMgAAAHic42NgYPAAYjYg5oDSIMAK5T'
+    'MBMSMUg+RyEpNSc4oZGDiBbAEGGPhgD2U4AAB5sAR9DwAAAIkCAAB4nC2TZXCQBxBE3yMEgiW4E9zd3R2CW3ALEiRACO7u0kIVd2lx6goVXFqo'
+    'F6denArOl4GbebOzO3P75+bCgegQSBZoWEAqnk3oc2/AEp9pYpYQHxcbE2jSgMiQxDwJIYELDRqSBxspSBl0pCYN4USQlnSkJwMZyURmspCVbG'
+    'QnBznJRSS5yUNe8pGfAhSkEIUpQlGKUZwSlKQUpSlDWcpRngpUpBKVqUJVqlGdGtSkFrWpQ13qUZ8GNKQRjWlCU5rRnCha0JJWtKYNbWlHezrQ'
+    'kU5E05kudKUb3elBT3rRmz70JYZ+9GcAA4llEIMZwlDiGMZwRhDPSBIYxWjGMJZxjGcCE5nEZKYwlWlMZwYzmcVs5jCXecxnAQtZxGKWsJQXeJ'
+    'FlLOclXuYVXuU1XmcFK1nFatawlnWsZwMb2cRmtrCVbWznDd5kBzvZxW72sJd97Oct3uYd3uU93ucDPuQjPuYTPuUAB/mMz/mCLznEYY5wlGMc'
+    '5wQnOcVpvuJrznCWb/iW7/ieH/iRn/iZc5znAhe5xGWucJVf+JXf+J0/+JO/+JtrXOcGN7nFbe5wl3/4l//4n3vc5wEPecRjngTn1ySGmNRQk5'
+    'ncMFOY0lSmNo3hRpjWdKY3gxnNZGazmNVsZjeHOc1lpLnNY17zmd8CFrSQhS1iUYtZ3BKWtJSlLWNZy1neCla0kpWtYlWrWd0a1rSWta1jXetZ'
+    '3wY2tJGNbWJTm9ncKFvY0la2to1tbWd7O9jRTkbb2S52tZvd7WFPe9nbPvY1xn72d4ADjXWQgx3iUOMc5nBHGO9IExzlaMc41nGOd4ITneRkpz'
+    'jVaU53hjOd5WznONd5zneBC13kYhP/5imo7Ku1DwAAAIYAAAB4nONjYGC4wMjAwAakOYCYiQECWKF8RqgYiOYG4sS8vPySxJLM/LxiqDoWsF6Q'
+    'vBAQJyXlVzAwJOckFhczpOUl5qZCzeMDYgMGhD3cWOyBYRBggboEXR8nAX1MQBYjVJ8Dkj4WLPo4kfQJQPkGIKCXVZBOgbt1GMlzNxOF7jZEcj'
+    'cAo+cTXw8AAAAlAAAAeJzjY2BgsABiNiDmgNIgwArlwwAjVCw1t6CkEkhzQsUBNf8Cpg==')
+
+
+def test_matlab_files_are_read_as_scipy_writes_them(tmp_path):
+    (tmp_path / "x.mat").write_bytes(base64.b64decode(MAT_OF_SCIPY))
+    m = data.read_mat(tmp_path / "x.mat")
+    assert m["file_list"] == ["n01-Dog/a.jpg", "n02-Cat/b.jpg"] and m["labels"].tolist() == [1, 2]
+    assert m["trnid"].tolist() == list(range(1, 400)) and len(m["empty"]) == 0
+    assert [(int(car["bbox"][0]), int(car["class"][0]), car["fname"]) for car in m["annotations"]] == [
+        (0, 1, "00000.jpg"), (300, 2, "00001.jpg")]
+    with pytest.raises(ValueError, match="not a MATLAB 5 file"):
+        data.read_mat(__file__)
+
+
+def mat(**variables):
+    """A MATLAB 5 file, uncompressed: arrays of numbers, lists of strings (cells), lists of dicts (structs)."""
+    def element(kind, body):
+        return struct.pack("<II", kind, len(body)) + body + bytes(-len(body) % 8)
+
+    def matrix(value, name=""):
+        if isinstance(value, str):
+            kind, parts, n = 4, element(4, value.encode("utf-16-le")), len(value)
+        elif isinstance(value, list) and isinstance(value[0], dict):
+            names = b"".join(key.encode().ljust(32, b"\0") for key in value[0])
+            parts = struct.pack("<HHi", 5, 4, 32) + element(1, names)
+            kind, n = 2, len(value)
+            parts += b"".join(matrix(v) for entry in value for v in entry.values())
+        elif isinstance(value[0], str):
+            kind, parts, n = 1, b"".join(map(matrix, value)), len(value)
+        else:
+            kind, parts, n = 6, element(9, np.asarray(value, "<f8").tobytes()), len(value)
+        return element(14, element(6, struct.pack("<II", kind, 0)) + element(5, struct.pack("<ii", 1, n)) +
+                       element(1, name.encode()) + parts)
+
+    return b"MATLAB 5.0".ljust(124) + b"\0\1IM" + b"".join(matrix(v, k) for k, v in variables.items())
+
+
+def lay_out(root, files):
+    """Writes {path: bytes, text, or a colour for a picture of it} below root."""
+    for name, content in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, tuple):
+            Image.new("RGB", (40, 30), content).save(path)
+        else:
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+RED, GREEN, BLUE = (254, 0, 0), (0, 255, 1), (0, 0, 254)
+# name: archives in the official layout, {file: content}; three pictures, of classes 0 and 1 (train) and 1 (test)
+LAYOUTS = {
+    "tinyimagenet": {"tiny-imagenet-200.zip": {
+        "tiny-imagenet-200/train/n01/images/n01_0.JPEG": RED, "tiny-imagenet-200/train/n02/images/n02_0.JPEG": GREEN,
+        "tiny-imagenet-200/val/images/val_0.JPEG": BLUE,
+        "tiny-imagenet-200/val/val_annotations.txt": "val_0.JPEG\tn02\t0\t0\t62\t62\n"}},
+    "aircraft": {"fgvc-aircraft-2013b.tar.gz": {
+        "fgvc-aircraft-2013b/data/images/1.jpg": RED, "fgvc-aircraft-2013b/data/images/2.jpg": GREEN,
+        "fgvc-aircraft-2013b/data/images/3.jpg": BLUE, "fgvc-aircraft-2013b/data/variants.txt": "707-320\nA 300\n",
+        "fgvc-aircraft-2013b/data/images_variant_trainval.txt": "1 707-320\n2 A 300\n",
+        "fgvc-aircraft-2013b/data/images_variant_test.txt": "3 A 300\n"}},
+    "cub2011": {"CUB_200_2011.tgz": {
+        "CUB_200_2011/images/001.A/a.jpg": RED, "CUB_200_2011/images/002.B/b.jpg": BLUE,
+        "CUB_200_2011/images/002.B/c.jpg": GREEN, "attributes.txt": "",
+        "CUB_200_2011/images.txt": "1 001.A/a.jpg\n2 002.B/b.jpg\n3 002.B/c.jpg\n",
+        "CUB_200_2011/image_class_labels.txt": "1 1\n2 2\n3 2\n",
+        "CUB_200_2011/train_test_split.txt": "1 1\n2 0\n3 1\n"}},
+    "dogs": {"images.tar": {"Images/n01-A/a.jpg": RED, "Images/n02-B/b.jpg": GREEN, "Images/n02-B/c.jpg": BLUE},
+             "lists.tar": {"train_list.mat": mat(file_list=["n01-A/a.jpg", "n02-B/b.jpg"], labels=[1, 2]),
+                           "test_list.mat": mat(file_list=["n02-B/c.jpg"], labels=[2])}},
+    "flowers": {"102flowers.tgz": {"jpg/image_00001.jpg": RED, "jpg/image_00002.jpg": BLUE, "jpg/image_00003.jpg": GREEN},
+                "imagelabels.mat": mat(labels=[1, 2, 2]), "setid.mat": mat(trnid=[1, 3], valid=[2], tstid=[2])},
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_official_archives(tmp_path, monkeypatch, name):
+    folder, split = data.OFFICIAL[name][2], {"tinyimagenet": "val/val_annotations.txt", "flowers": "setid.mat",
+                                             "aircraft": "data/images_variant_test.txt", "dogs": "test_list.mat",
+                                             "cub2011": "train_test_split.txt"}[name]
+    archives, size = data.ARCHIVES[folder]
+    for file, content in LAYOUTS[name].items():
+        if isinstance(content, bytes):
+            (tmp_path / file).write_bytes(content)
+            continue
+        lay_out(tmp_path / "src" / file, content)
+        kind = {".zip": "zip", ".tar": "tar"}.get(Path(file).suffix, "gztar")
+        made = shutil.make_archive(str(tmp_path / "made"), kind, tmp_path / "src" / file)
+        Path(made).rename(tmp_path / file)
+    urls = [url for url, _ in archives]
+    assert [url.rsplit("/", 1)[1] for url in urls] == list(LAYOUTS[name])
+    md5s = [hashlib.md5((tmp_path / file).read_bytes()).hexdigest() if md5 else None
+            for file, (_, md5) in zip(LAYOUTS[name], archives)]
+    monkeypatch.setitem(data.ARCHIVES, folder, (list(zip(urls, md5s)), size))
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    first = tmp_path / next(iter(LAYOUTS[name]))
+    whole = first.read_bytes()
+    first.write_bytes(whole[:len(whole) // 2])                                                      # a damaged archive
+    with pytest.raises(InputError, match=f"cannot fetch {folder}.*undamaged {first.name}"):
+        data.load_dataset(name, tmp_path)
+    assert not (tmp_path / folder).exists() and not list(tmp_path.glob(".*"))
+    first.write_bytes(whole)
+    assert data.to_download([name, "shapes"], tmp_path / "empty") == {name: size}
+    d = data.load_dataset(name, tmp_path)
+    assert d.image_size == data.OFFICIAL[name][1] == (64 if name == "tinyimagenet" else 32)
+    assert d.train_labels.tolist() == [0, 1] and d.test_labels.tolist() == [1]
+    for image, colour in zip([*d.train_images, *d.test_images], (RED, GREEN, BLUE)):
+        assert (image.float().mean(dim=(1, 2)) - torch.tensor(colour)).abs().max() < 3
+    assert data.to_download([name], tmp_path) == {} and (tmp_path / f"{name}.npz").exists()
+    assert data.load_dataset(name, tmp_path, 48).image_size == 48                   # from the folder that is there now
+    (tmp_path / folder / split).unlink()
+    with pytest.raises(InputError, match=f"{Path(split).name} is missing"):
+        data.load_dataset(name, tmp_path, 24)
+
+
+def test_stanford_cars_unpacked(tmp_path):
+    cars = [{"class": [1.0], "fname": "1.jpg"}, {"class": [2.0], "fname": "2.jpg"}]
+    lay_out(tmp_path / "stanford_cars", {
+        "cars_train/1.jpg": RED, "cars_train/2.jpg": GREEN, "cars_test/2.jpg": BLUE,
+        "devkit/cars_train_annos.mat": mat(annotations=cars),
+        "cars_test_annos_withlabels.mat": mat(annotations=cars[1:])})
+    d = data.load_dataset("cars", tmp_path)
+    assert d.train_labels.tolist() == [0, 1] and d.test_labels.tolist() == [1] and len(d.test_images) == 1
+
+
+def test_an_archive_cannot_write_outside_its_folder(tmp_path, monkeypatch):
+    for url, _ in data.ARCHIVES["stanford-dogs"][0]:
+        with tarfile.open(tmp_path / url.rsplit("/", 1)[1], "w") as tar:
+            tar.addfile(tarfile.TarInfo("../../escaped"))
+    with pytest.raises(InputError, match="outside the destination"):
+        data.load_dataset("dogs", tmp_path / "." )
+    assert not (tmp_path.parent / "escaped").exists() and not (tmp_path / "escaped").exists()
+
+
+def test_cifar_at_another_size_is_squashed_from_its_cache(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "cifar10.npz", train_images=images, train_labels=np.arange(3), test_images=images[:1],
+             test_labels=np.arange(1))
+    d = data.load_dataset("cifar10", tmp_path, 64)
+    expected = np.asarray(Image.fromarray(images[1]).resize((64, 64), Image.Resampling.LANCZOS))
+    assert np.array_equal(d.train_images[1].permute(1, 2, 0).numpy(), expected) and d.std == (0.2023, 0.1994, 0.2010)
+    assert (tmp_path / "cifar10-64px.npz").exists()
+
+
 def test_download_failure_says_what_to_do(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route to host")
     monkeypatch.setattr(data.torchvision.datasets.utils, "urlopen", offline, raising=False)
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    for name, file in (("cifar10", "cifar-10-python.tar.gz"), ("tinyimagenet", "tiny-imagenet-200.zip")):
-        with pytest.raises(InputError, match=f"cannot fetch {name}.*{file}.*--dataset shapes"):
+    for name, file in (("cifar10", "cifar-10-python.tar.gz"), ("tinyimagenet", "tiny-imagenet-200.zip"),
+                       ("flowers", "102flowers.tgz, imagelabels.mat, setid.mat")):
+        with pytest.raises(InputError, match=f"cannot fetch .*{file}.*--dataset shapes"):
             data.load_dataset(name, tmp_path)
+    with pytest.raises(InputError, match="its official address is dead.*cars_train_annos.mat"):
+        data.load_dataset("cars", tmp_path)
+    assert not list(tmp_path.glob(".*"))                                                   # nothing half is left behind
 
 
 @pytest.mark.parametrize("change,message", [
@@ -562,6 +733,12 @@ def test_labelled_subset():
     assert not torch.equal(evaluation.labelled_subset(700, 5, 0), evaluation.labelled_subset(700, 5, 1))
     with pytest.raises(InputError, match="0 images"):
         evaluation.labelled_subset(50, 1, 0)
+    labels = torch.tensor([0, 1, 1, 2, 2, 2] * 20)
+    drawn = labels[evaluation.labelled_subset(120, 10, 3, labels)]
+    assert torch.bincount(drawn).tolist() == [2, 4, 6]
+    assert torch.equal(evaluation.labelled_subset(120, 10, 3, labels), evaluation.labelled_subset(120, 10, 3, labels))
+    with pytest.raises(InputError, match="training images of class 0 is 0 images"):
+        evaluation.labelled_subset(120, 4, 0, labels)
 
 
 def test_pretraining_is_plain_sgd_with_momentum():
@@ -579,10 +756,223 @@ def test_pretraining_is_plain_sgd_with_momentum():
         evaluation.pretrain(encoder, images, 1e9 * z, lr=1e9, epochs=30, seed=0)
 
 
+@pytest.mark.parametrize("make", ["unscaled", "huge", "untrained resnet"])
+def test_linear_probe_does_not_diverge(make):
+    g = torch.Generator().manual_seed(0)
+    y = torch.randint(10, (300,), generator=g)
+    if make == "untrained resnet":
+        network = models.build(lambda: models.resnet10(4, 8), 0, "untrained").eval()
+        images = torch.randn(300, 3, 16, 16, generator=g) + torch.linspace(-3, 3, 10)[y].view(-1, 1, 1, 1)
+        x = evaluation.encode(network.features, images, lambda x: x)
+    else:
+        x = torch.randn(300, 40, generator=g) + 3 * F.one_hot(y, 40)
+        x = 50 + 30 * x if make == "unscaled" else 1e6 * x
+    W, b = evaluation.linear_probe(x, y, 10)
+    assert W.isfinite().all() and b.isfinite().all()
+    assert evaluation.accuracy(x @ W.T + b, y) > {"untrained resnet": 25}.get(make, 90)           # chance is 10
+
+
+def test_finetuning_moves_the_backbone_at_a_tenth_of_the_heads_rate():
+    images = torch.randint(256, (24, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(24) % 3
+    images[:, 0] = (100 * labels).view(-1, 1, 1).byte()                                    # the class is in the red
+    encoder = models.build(lambda: models.ConvNet(4, 8, 4, depth=2), 0, "a").eval()
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    prepare = lambda x: x.float() / 128 - 1
+    one_step = evaluation.finetune(encoder, images, labels, 3, prepare, 0, epochs=1)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())                # it trains a copy
+    x = data.shift_and_flip(prepare(images[torch.randperm(24, generator=models.generator(0, "fine-tuning order", 0))]),
+                            models.stream(0, "fine-tuning views", 0))
+    y = labels[torch.randperm(24, generator=models.generator(0, "fine-tuning order", 0))]
+    head = models.build(lambda: nn.Linear(16, 3), 0, "fine-tuning head")
+    F.cross_entropy(head(encoder.features(x)), y).backward()
+    assert torch.allclose(one_step[1].weight, head.weight - 0.05 * head.weight.grad, atol=1e-6)
+    conv = encoder.convs[0].weight
+    assert torch.allclose(one_step[0].convs[0].weight, conv - 0.005 * conv.grad, atol=1e-7)
+    network = evaluation.finetune(encoder, images, labels, 3, prepare, 0, epochs=60, batch_size=8)
+    assert evaluation.accuracy(network(prepare(images)), labels) > 90
+
+
+def test_shift_and_flip_by_hand():
+    images = torch.arange(2 * 3 * 6 * 6.).view(2, 3, 6, 6) + 1
+    moved = [data.shift_and_flip(images, seed) for seed in range(40)]
+    padded = F.pad(images, [4] * 4)
+    for i in range(2):
+        options = [w for top in range(9) for left in range(9) for w in
+                   (padded[i, :, top:top + 6, left:left + 6], padded[i, :, top:top + 6, left:left + 6].flip(-1))]
+        found = [next(k for k, w in enumerate(options) if torch.allclose(w, m[i], atol=1e-4)) for m in moved]
+        assert len(set(found)) > 25                                               # 162 places, some of them all zero
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sets to pre-train on
+# ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_index_files(tmp_path, protocol):
+    for name, content in (("list", [3, 1, 2]), ("dict", {"indices": [3, 1, 2]}), ("array", np.array([3, 1, 2])),
+                          ("ints", np.array([3, 1, 2], np.int32)), ("scalars", [np.int64(3), np.int64(1), np.int64(2)]),
+                          ("dict of array", {"indices": np.array([3., 1, 2]), "note": "x"})):
+        (tmp_path / f"{name}.pkl").write_bytes(pickle.dumps(content, protocol))
+        assert evaluation.read_indices(str(tmp_path / f"{name}.pkl"), 4).tolist() == [3, 1, 2], name
+
+
+def test_index_files_of_other_kinds(tmp_path):
+    old = b"cnumpy.core.multiarray\n_reconstruct\n"                            # as numpy 1 calls it, protocol 0
+    (tmp_path / "numpy1.pkl").write_bytes(pickle.dumps(np.array([3, 1, 2]), 0).replace(
+        b"cnumpy._core.multiarray\n_reconstruct\n", old))
+    assert old in (tmp_path / "numpy1.pkl").read_bytes()
+    np.save(tmp_path / "a.npy", np.array([3, 1, 2]))
+    data.save(tmp_path / "a.pt", {"indices": torch.tensor([3, 1, 2])})
+    data.save(tmp_path / "b.pt", torch.tensor([3, 1, 2]))
+    (tmp_path / "a.json").write_text('{"indices": [3, 1, 2]}')
+    (tmp_path / "a.txt").write_text("3, 1\n2\n")
+    for file in ("numpy1.pkl", "a.npy", "a.pt", "b.pt", "a.json", "a.txt"):
+        assert evaluation.read_indices(str(tmp_path / file), 4).tolist() == [3, 1, 2], file
+
+
+class Hostile:
+    """Pickles to a call of a function."""
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("content,message", [
+    ([0, 9], "indices from 0 to 9 for 4"), ([-1], "indices from -1"), ([0.5], "whole numbers"), ([1, 1], "twice"),
+    ([], "whole numbers"), ([True], "whole numbers"), (np.array([None]), "an array of type 'O8'"), ("abc", "whole numbers|not a list"), ({"x": [1]}, "'indices'"),
+    (Hostile(eval, "open('hacked', 'w')"), "builtins.eval"), (Hostile(np.ndarray, (1,), "O", b"12345678"), "not a list"),
+    (Hostile(np.save, "hacked", [1]), "numpy.*save"), (collections.OrderedDict(), "collections.OrderedDict")])
+def test_bad_index_files_are_refused(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x.pkl").write_bytes(pickle.dumps(content))
+    with pytest.raises(InputError, match=message) as refused:
+        evaluation.read_indices(str(tmp_path / "x.pkl"), 4)
+    assert "subset:" in str(refused.value) and "\n" not in str(refused.value)
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_distilled_sets_of_three_systems(tmp_path, capsys):
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.2, 0.1)
+    g = torch.Generator().manual_seed(0)
+    raw, z = torch.rand(6, 3, 8, 8, generator=g), torch.randn(6, 5, generator=g)
+    normalised = data.normalize(raw, mean, std)
+
+    def read(path, pixels="auto"):
+        return evaluation.read_distilled(str(tmp_path / path), pixels, mean, std)
+    data.save(tmp_path / "ours/distilled.pt", {"images": normalised, "representations": z, "lr": 0.2})
+    data.save(tmp_path / "ours/distilled_01000.pt", {"images": 2 * normalised, "representations": z, "lr": 0.3})
+    for s in (100, 2000, 300):
+        data.save(tmp_path / f"theirs/images_{s}.pt", nn.Parameter(normalised * s))
+        data.save(tmp_path / f"theirs/labels_{s}.pt", z)
+        data.save(tmp_path / f"theirs/synlr_{s}.pt", torch.tensor(0.36))
+    data.save(tmp_path / "krr/x_syn_final.pt", raw.clone().requires_grad_())
+    data.save(tmp_path / "krr/y_syn.pt", z.clone().requires_grad_())
+    for path, images, rate in (("ours", normalised, 0.2), ("ours/distilled_01000.pt", 2 * normalised, 0.3),
+                               ("theirs", 2000 * normalised, 0.36), ("theirs/images_300.pt", 300 * normalised, 0.36)):
+        x, y, lr = read(path)
+        assert torch.allclose(x, images) and torch.equal(y, z) and lr == pytest.approx(rate), path
+    assert capsys.readouterr().out == ""
+    x, y, lr = read("krr")
+    assert torch.allclose(x, normalised) and not x.requires_grad and not y.requires_grad and lr is None
+    assert "taken for raw ones and normalised" in capsys.readouterr().out
+    assert torch.equal(read("krr", "normalised")[0], raw) and torch.allclose(read("krr", "raw")[0], normalised)
+    data.save(tmp_path / "bad/distilled.pt", {"images": normalised, "representations": z[:4], "lr": 0.2})
+    (tmp_path / "empty").mkdir()
+    for path, message in (("bad", "targets must be finite"), ("empty", "holds no distilled.pt"), ("none.pt", "not exist")):
+        with pytest.raises(InputError, match=message):
+            read(path)
+
+
+def test_krr_loss_is_kernel_ridge_regression():
+    g = torch.Generator().manual_seed(0)
+    f_syn, y_syn, f_real, y_real = (torch.randn(n, d, generator=g, dtype=torch.float64)
+                                    for n, d in ((7, 4), (7, 3), (9, 4), (9, 3)))
+    bias = lambda f: torch.cat([f, torch.ones(len(f), 1, dtype=f.dtype)], 1)
+    X, ridge = bias(f_syn), 0.01 * float((bias(f_syn) @ bias(f_syn).T).trace())
+    W = torch.linalg.solve(X.T @ X + ridge * torch.eye(5, dtype=X.dtype), X.T @ y_syn)         # ridge regression itself
+    assert torch.allclose(evaluation.krr_loss(f_syn, y_syn, f_real, y_real, ridge=0.01),
+                          (bias(f_real) @ W - y_real).square().mean())
+
+
+def test_krr_st_lowers_its_loss_and_resumes_bit_for_bit(tmp_path):
+    g = torch.Generator().manual_seed(0)
+    parts = torch.rand(3, 3, 8, 8, generator=g)                            # images are mixtures, targets the shares
+    share = torch.rand(60, 3, generator=g)
+    real = (255 * torch.einsum("nk,kchw->nchw", share / 3, parts)).byte()
+    prepare, z = lambda x: x.float() / 64 - 1, share + 0.02 * torch.randn(60, 3, generator=g)
+    make = lambda: models.ConvNet(3, 8, 4, depth=2)
+
+    def run(checkpoint):
+        return evaluation.krr_st(make, prepare(real[:8]), z[:8], real, z, prepare, 100, 0, data.Log(interval=1e9),
+                                 checkpoint, models=3, online_steps=5, batch_size=30, lr=0.003)
+
+    @torch.no_grad()
+    def quality(images, targets):                                              # under ten encoders it has never seen
+        judges = [models.build(make, k, "judge") for k in range(10)]
+        return sum(float(evaluation.krr_loss(f.features(images), targets, f.features(prepare(real)), z)) for f in judges)
+    images, targets = run(data.Checkpoint(tmp_path / "a.pt"))
+    assert quality(images, targets) < 0.9 * quality(prepare(real[:8]), z[:8])
+
+    class Interrupted(data.Checkpoint):
+        def due(self):
+            return True
+
+        def save(self, step, **parts):
+            super().save(step, **parts)
+            if step == 57:
+                raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        run(Interrupted(tmp_path / "b.pt"))
+    resumed = run(data.Checkpoint(tmp_path / "b.pt"))
+    assert torch.equal(resumed[0], images) and torch.equal(resumed[1], targets)
+
+
+def test_pretraining_by_self_supervision_uses_no_targets():
+    dataset = data.Dataset("x", *(torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8,
+                                                generator=torch.Generator().manual_seed(0)), torch.zeros(30).long()) * 2,
+                           (0.5, 0.5, 0.5), (0.3, 0.3, 0.3))
+    encoders = []
+    for ssl in ("barlow", "simclr"):
+        encoder = models.build(lambda: models.ConvNet(8, 16, 4, depth=2), 0, "a")
+        before = models.flat_parameters(encoder)
+        evaluation.pretrain_ssl(encoder, dataset.train_images, dataset, ssl, 1e-3, 2, 0, 16, 0.01, 0.5, 0.2, 0.2)
+        encoders.append(models.flat_parameters(encoder))
+        assert not torch.equal(before, encoders[-1]) and not encoder.training
+    assert not torch.equal(*encoders)
+
+
+def test_set_names():
+    parse = evaluation.parse_set
+    assert parse("random") == ("random", "", "") and parse("random@0.3") == ("random", "", "0.3")
+    assert parse("random:ssl@mkdt") == ("random", "ssl", "mkdt") and parse("mkdt") == ("mkdt", "", "")
+    assert parse("subset:a@b/sas.pkl") == ("subset", "a@b/sas.pkl", "")
+    assert parse("distilled:x:y@0.5") == ("distilled", "x:y", "0.5")
+    for bad in ("moco", "random:moco", "subset:", "subset", "full@", "mkdt@-1", "@0.3", "random@nan", ""):
+        with pytest.raises(InputError, match="unknown pre-training set"):
+            parse(bad)
+
+
+def test_the_papers_values():
+    paper = evaluation.paper_values()
+    assert paper["cifar10", "2", "barlow", "convnet", "linear", "5", "mkdt", "cifar10"] == (53.08, 0.13)       # Table 1
+    assert paper["cifar100", "2", "barlow", "convnet", "linear", "1", "mkdt_random", "cub2011"] == (1.66, 0.13)      # 2
+    assert paper["tinyimagenet", "5", "barlow", "convnet", "linear", "5", "krr_st", "aircraft"] == (4.36, 0.49)      # 4
+    assert paper["cifar100", "5", "barlow", "resnet18", "linear", "5", "none", "cifar10"] == (10.0, 0.0)             # 5
+    assert paper["cifar10", "2", "simclr", "convnet", "linear", "1", "random", "flowers"] == (1.83, 0.24)            # 6
+    assert paper["tinyimagenet", "2", "barlow", "convnet", "linear", "50", "mkdt", "tinyimagenet"] == (16.99, 0.25)  # 7
+    assert paper["cifar100", "2", "barlow", "convnet", "finetune", "100", "random:ssl", "cars"] == (28.75, 0.23)    # 10
+    assert len(paper) == 7 * (12 + 16 + 10 + 18 + 8 + 12 + 18 + 3)
+    tasks = {key[-1] for key in paper}
+    assert tasks == {*evaluation.TASKS, "cars"} and all(t in data.OFFICIAL for t in tasks)
+    assert {key[-2] for key in paper} <= evaluation.METHODS.keys()
+
+
 def test_paired_difference_by_hand():
-    records = [dict(pretraining=p, task="t", labels_percent=5, seeds=[0, 1, 2], accuracies=a)
-               for p, a in (("random", [1.0, 2.0, 3.0]), ("mkdt", [2.0, 4.0, 6.0]))]
-    mean, error, n = evaluation.paired(records, "mkdt", "t", 5)["random"]
+    records = [dict(pretraining=p, seeds=s, accuracies=a)
+               for p, s, a in (("random", [0, 1, 2, 7], [1.0, 2.0, 3.0, 9.0]), ("mkdt", [2, 1, 0], [6.0, 4.0, 2.0]))]
+    mean, error, n = evaluation.paired(records, "random")["mkdt"]
     assert mean == pytest.approx(2) and error == pytest.approx(1 / math.sqrt(3)) and n == 3
 
 
@@ -773,10 +1163,107 @@ def test_unlabelled_images_with_simclr_and_random_initialisation(tmp_path, capsy
     assert "| MKDT |" in (tmp_path / "run/5pct_random/results.md").read_text()
 
 
+def test_any_rivals_set_through_the_same_door(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    folder = tmp_path / "x/run/5pct_high_loss"
+    d, g = data.load(folder / "distilled.pt"), torch.Generator().manual_seed(0)
+    (tmp_path / "sas.pkl").write_bytes(pickle.dumps({"indices": d["indices"].tolist()}))
+    data.save(tmp_path / "krr/x_syn.pt", torch.rand(10, 3, 32, 32, generator=g))
+    data.save(tmp_path / "krr/y_syn.pt", torch.randn(10, 7, generator=g))                         # of another teacher
+    argv = ["--run-dir", str(folder), "--data-dir", str(tmp_path / "x/data"), "--seeds", "0", "1", "--labels", "5"]
+    sas, ours, krr = f"subset:{tmp_path}/sas.pkl", f"distilled:{folder}", f"distilled:{tmp_path}/krr@0.05"
+    assert evaluation.main([*argv, "--sets", "random", "initial", sas, "mkdt", ours, krr, "krr_st", "random:ssl",
+                            "--krr-iterations", "3", "--ssl-epochs", "1", "--paired"]) == 0
+    scores = {r["pretraining"]: r for r in json.loads((folder / "results.json").read_text()) if r["labels_percent"] == 5}
+    assert scores[sas]["accuracies"] == scores["initial"]["accuracies"]                       # the same images and rate
+    assert scores[ours]["accuracies"] == scores["mkdt"]["accuracies"][:2] and scores[ours]["lr"] == d["lr"]
+    assert scores[krr]["lr"] == 0.05 and scores[krr]["mse"] is None and scores["krr_st"]["mse"] is not None
+    assert len({tuple(scores[name]["accuracies"][:2]) for name in ("random", "mkdt", krr, "krr_st", "random:ssl")}) == 5
+    table = capsys.readouterr().out
+    for row in ("SAS Subset", "KRR-ST", "Random Subset (SSL)", "MKDT", "taken for raw ones", "minus Random Subset"):
+        assert row in table, row
+    file, = folder.glob("krr_st_*.pt")
+    made = data.load(file)
+    assert made["images"].shape == (10, 3, 32, 32) and not torch.equal(made["images"], d["images"])
+    lines = (folder / "results.csv").read_text().splitlines()
+    assert len(lines) == 1 + sum(len(r["seeds"]) for r in json.loads((folder / "results.json").read_text()))
+    before = file.stat().st_mtime_ns
+    assert evaluation.main([*argv, "--sets", "krr_st", "--krr-iterations", "3", "--seeds", "2"]) == 0     # not made again
+    assert file.stat().st_mtime_ns == before
+    assert evaluation.main([*argv, "--sets", "mkdt"]) == 0                    # with other --krr-iterations: all are kept
+    assert "dropped" not in capsys.readouterr().out and "KRR-ST" in (folder / "results.md").read_text()
+    assert evaluation.main([*argv, "--sets", "random:ssl", "--ssl-epochs", "2"]) == 0
+    assert "earlier results of random:ssl are dropped" in capsys.readouterr().out
+
+
+def test_encoders_tasks_and_protocols_of_the_paper(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    folder, g = tmp_path / "x/run/5pct_high_loss", np.random.default_rng(0)
+    np.savez(tmp_path / "x/data/cifar10.npz", **{f"{s}_{k}": v for s in ("train", "test") for k, v in (
+        ("images", g.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)), ("labels", np.arange(40) % 4))})
+    argv = ["--run-dir", str(folder), "--data-dir", str(tmp_path / "x/data"), "--seeds", "0", "--sets", "none", "mkdt"]
+    assert evaluation.main([*argv, "--encoders", "resnet10:4", "convnet", "--tasks", "shapes", "cifar10", "cars",
+                            "--labels", "10", "--stratified"]) == 0
+    out = capsys.readouterr().out
+    assert "cars is left out: cannot fetch Stanford Cars" in out and "Left out: cars" in out
+    assert "resnet10:4, linear probe, stratified labels" in out and "| shapes | cifar10 |" in out
+    assert evaluation.main([*argv, "--tasks", "cifar10", "--protocol", "finetune", "--image-size", "16"]) == 0
+    records = json.loads((folder / "results.json").read_text())
+    tuned = [r for r in records if r["protocol"] == "finetune"]
+    assert {(r["task"], r["labels_percent"], r["mse"]) for r in tuned} == {("cifar10-16px", 100, None)}
+    assert {r["encoder"] for r in records if r["stratified"]} == {"resnet10:4", "convnet"}
+
+
+def test_a_table_of_the_paper_beside_its_values(finished, tmp_path, monkeypatch, capsys):
+    """Table 1's command, on a run that pretends to be of CIFAR-10."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(finished / "run", "runs/cifar10")
+    shutil.move("runs/cifar10/5pct_high_loss", "runs/cifar10/2pct_high_loss")
+    Path("runs/cifar10/2pct_high_loss/results.json").unlink()
+    config = data.read_json("runs/cifar10/2pct_high_loss/config.json")
+    config["settings"].update(width=128, train_images=0)                       # the paper's values are for its settings
+    data.save_json("runs/cifar10/2pct_high_loss/config.json", config)
+    run = Path("runs/cifar10/2pct_high_loss")
+    Path("data").mkdir()
+    shapes = data.read_npz(finished / "data/shapes.npz")
+    np.savez("data/cifar10.npz", **{k: v[:200 if "train" in k else 100] for k, v in shapes.items()})
+    data.save(run / "distilled.pt", {**data.load(run / "distilled.pt"), "dataset": "cifar10", "percent": 2.0})
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    assert evaluation.main(["--table", "1", "--krr-iterations", "1", "--seeds", "0", "1"]) == 0
+    out, table = capsys.readouterr().out, (run / "results.md").read_text()
+    assert "to download: tinyimagenet 248 MB, cifar100 169 MB, aircraft 2750 MB" in out
+    assert out.count("is left out") == 6 and "| Labels | Pre-training set | Rate | cifar10 |" in table
+    rows = table.splitlines()
+    five = next(i for i, row in enumerate(rows) if row.startswith("| 5% | MKDT |"))
+    assert "≠" in rows[five] and rows[five + 1].startswith("| | *paper* | | 53.08 ± 0.13 |")
+    best = [row for row in rows if row.startswith("| 5%") and "**" in row]
+    assert len(best) == 1 and "Full" not in best[0]
+    assert evaluation.main(["--table", "4"]) == 2 and "5pct_high_loss" in capsys.readouterr().err
+    assert evaluation.main(["--table", "7", "--tasks", "cifar10", "--sets", "none", "--seeds", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "runs/cifar100/2pct_high_loss is left out" in out and "| 50% | No Pre-Training |" in out
+
+
+def test_a_set_that_diverges_costs_its_own_cells_only(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    folder = tmp_path / "x/run/5pct_high_loss"
+    assert evaluation.main(["--run-dir", str(folder), "--data-dir", str(tmp_path / "x/data"), "--seeds", "7",
+                            "--sets", "random@1e30", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "random@1e30, seed 7 is left out: " in out
+    assert {r["pretraining"] for r in json.loads((folder / "results.json").read_text()) if 7 in r["seeds"]} == {"none"}
+
+
 @pytest.mark.parametrize("flags,message", [
     ("--sets moco", "unknown pre-training set 'moco'"), ("--sets random@-1", "random@-1"), ("--labels nan", "0 images"),
     ("--labels 0.001", "0 images"), ("--device tpu", "--device tpu"), ("--tasks nothing", "unknown data set"),
-    ("--run-dir /no/such", "cannot read /no/such/config.json")])
+    ("--run-dir /no/such", "/no/such holds no distilled.pt"), ("--encoders vgg", "unknown encoder 'vgg'"),
+    ("--sets subset:/no/such.pkl", "subset:/no/such.pkl"), ("--sets subset:", "unknown pre-training set"),
+    ("--sets distilled:/no/such.pt", "/no/such.pt does not exist"), ("--krr-iterations 0", "must be at least 1"), ("--image-size -3", "must be at least 8"),
+    ("--labels 0.025", "all of one class"), ("--stratified --labels 0.1", "of class 0 is 0 images")])
 def test_bad_evaluation_flags_are_one_clear_line(finished, capsys, flags, message):
     argv = ["--run-dir", str(finished / "run/5pct_high_loss"), "--data-dir", str(finished / "data"), *flags.split()]
     assert evaluation.main(argv) == 2
