@@ -129,8 +129,9 @@ def load(path, **options):
 class Checkpoint:
     """The state of a loop in one file, written every so many minutes: tensors, and anything with a state_dict()."""
 
-    def __init__(self, path, minutes=5.0):
-        self.path, self.seconds = Path(path), 60 * minutes
+    def __init__(self, path, minutes=5.0, **made_with):
+        """made_with: numbers and words that must be the same when it is resumed."""
+        self.path, self.seconds, self.made_with = Path(path), 60 * minutes, made_with
         self.last = time.monotonic()
 
     def due(self):
@@ -140,7 +141,7 @@ class Checkpoint:
         """Writes `parts` after `step` steps; rank 0 does, as every rank has the same."""
         if rank() == 0:
             values = {k: p if torch.is_tensor(p) else p.state_dict() for k, p in parts.items()}
-            save(self.path, {"step": step, **values})
+            save(self.path, {"step": step, "made_with": self.made_with, **values})
         self.last = time.monotonic()
 
     def restore(self, **parts):
@@ -148,6 +149,9 @@ class Checkpoint:
         if not self.path.exists():
             return 0
         saved = load(self.path)
+        if saved.get("made_with") != self.made_with or not parts.keys() <= saved.keys():
+            raise InputError(f"{self.path} cannot be resumed: it was made with {saved.get('made_with')}, now it is "
+                             f"{self.made_with}; go on as before, or remove the file to begin this stage anew")
         for name, part in parts.items():
             part.copy_(saved[name]) if torch.is_tensor(part) else part.load_state_dict(saved[name])
         print(f"resuming from {self.path} at step {saved['step']}", flush=True)
@@ -160,8 +164,9 @@ class Checkpoint:
 class Log:
     """Progress on the screen, a line an interval, and the same as JSON lines in `path` (if one is given)."""
 
-    def __init__(self, path=None, interval=10.0):
-        self.path, self.interval = path, interval
+    def __init__(self, path=None, interval=10.0, **about):
+        """about: what every record says beside its values."""
+        self.path, self.interval, self.about = path, interval, about
         self.start()
 
     def start(self, done=0):
@@ -188,7 +193,7 @@ class Log:
         if self.path:
             try:
                 with open(self.path, "a") as file:
-                    file.write(json.dumps({"time": round(time.time(), 1), **record}) + "\n")
+                    file.write(json.dumps({"time": round(time.time(), 1), **self.about, **record}) + "\n")
             except OSError as error:
                 raise InputError(f"cannot write {self.path}: {error.strerror}") from error
 
@@ -379,7 +384,8 @@ def to_download(names, data_dir, size=0):
     for name in (name for name in names if name in OFFICIAL):
         folder, sources = OFFICIAL[name][2], {**cifar, **ARCHIVES}
         files = [url.rsplit("/", 1)[-1] for url, _ in sources.get(folder, ([], 0))[0]]
-        there = [cache_of(name, data_dir, size), Path(data_dir, folder), *([cache_of(name, data_dir)] * (folder in cifar))]
+        there = [cache_of(name, data_dir, size), Path(data_dir, folder)]
+        there += [cache_of(name, data_dir)] if folder in cifar else []          # squashed from that of its own size
         if files and not any(p.exists() for p in there) and not all(Path(data_dir, file).exists() for file in files):
             found[name] = sources[folder][1]
     return found

@@ -37,9 +37,9 @@ import torch.nn.functional as F
 
 from data import (Checkpoint, Dataset, Log, duration, fingerprint, load, load_dataset, normalize, read_json, save,
                   save_json, shift_and_flip, to_download, two_views, write_file)
-from models import (ConvNet, InputError, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0, gather_from_ranks,
-                    generator, join_ranks, pick_device, projector, rank, rank_0_first, ranks, resnet10, resnet18,
-                    self_supervised_loss, stream, wait_for_ranks)
+from models import (ConvNet, InputError, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
+                    gather_from_ranks, generator, join_ranks, leave_ranks, pick_device, projector, rank, rank_0_first,
+                    ranks, resnet10, resnet18, self_supervised_loss, stream, wait_for_ranks)
 
 # The sets to pre-train on. Any of them takes a rate of its own, random@0.3, or the learned one, random@mkdt.
 SETS = {
@@ -266,9 +266,11 @@ def krr_st(make, images, targets, real_images, real_targets, prepare, iterations
              "schedule": schedule}
     first = checkpoint.restore(**state)
     if first == 0:
-        for k in range(models):
-            for _ in range(int(age[k])):
-                train(k)
+        log.start()
+        for done, k in enumerate(torch.arange(models).repeat_interleave(age).tolist()):
+            train(k)
+            if log.due():
+                log("krr_st", done + 1, int(age.sum()), unit="first step")
     log.start(first)
     for step in range(first, iterations):
         rng = generator(seed, "krr_st", "step", step)
@@ -597,12 +599,12 @@ def read_tasks(names, source, percents, seeds, stratified, image_size, data_dir,
 
 
 def check_task(task, percents, seeds, stratified, smallest):
-    """Raises InputError if `task` cannot be probed with each share of labels and seed, or is below `smallest` pixels."""
+    """Raises InputError if `task` is below `smallest` pixels or has no labels to probe on, for any share and seed."""
     if not task.labelled:
         raise InputError(f"{task.name} has no labels for both splits, so it cannot be probed: give --tasks")
     if task.image_size < smallest:
-        raise InputError(f"{task.name} has {task.image_size}-pixel images, too small for the encoder: give --image-size "
-                         f"{smallest} or more")
+        raise InputError(f"{task.name} has {task.image_size}-pixel images, too small for the encoder: give "
+                         f"--image-size {smallest} or more")
     for percent, seed in ((p, s) for p in percents for s in seeds):
         labels = labels_of(task, percent, seed, stratified)[1]
         if (labels == labels[0]).all():
@@ -872,8 +874,8 @@ def read_results(run_dir, source, made_from, task_data):
         else:
             dropped.append(r["pretraining"])
     if dropped:
-        print(f"eval: earlier results of {', '.join(dict.fromkeys(dropped))} are dropped: they were made from something "
-              "else", flush=True)
+        print(f"eval: earlier results of {', '.join(dict.fromkeys(dropped))} are dropped: they were made from "
+              "something else", flush=True)
     return records
 
 
@@ -1000,7 +1002,8 @@ def rows_of_differences(records, source, reference):
     called = method(reference, source)[1]
     if not lines:
         return [f"No set shares two seeds with {called}, so there are no paired differences.", ""]
-    return lines and [f"Each set minus {called}, paired by seed: mean ± standard error (seeds)", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *lines, ""]
+    return [f"Each set minus {called}, paired by seed: mean ± standard error (seeds)", "",
+            "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *lines, ""]
 
 
 def paired(records, reference):
@@ -1233,9 +1236,9 @@ def main(argv=None):
             for run in there or args.runs[:1]:
                 sets = [name.replace("{run}", str(run)) for name in args.sets]
                 if args.table:
-                    lost = [n for n in sets if n.startswith("distilled:") and not Path(n[len("distilled:"):]).exists()]
-                    sets = [n for n in sets if n not in lost]
-                    print(*(f"eval: {n} is left out: there is no such file\n" for n in lost), sep="", end="", flush=True)
+                    for name in [n for n in sets if n.startswith("distilled:") and not Path(n[10:]).exists()]:
+                        sets.remove(name)
+                        print(f"eval: {name} is left out: there is no such file", flush=True)
                 # The run's own data set first, as in the paper's tables.
                 seven = sorted(TASKS, key=lambda t: not run.parent.name.startswith(t))
                 tasks = [t for task in args.tasks for t in (seven if task == "all" else [task])]
@@ -1244,6 +1247,7 @@ def main(argv=None):
                          args.image_size, args.data_dir, device, folder, args.compile, args.paired, args.pixels,
                          args.ssl_epochs, args.krr_iterations)
                 print((run / "results.md").read_text())
+            leave_ranks()
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2

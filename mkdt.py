@@ -37,17 +37,18 @@ import models
 from data import (Checkpoint, Log, denormalize, duration, fingerprint, load, load_dataset, normalize,
                   read_json, save, save_json, two_views, write_file)
 from models import (ConvNet, InputError, average_over_ranks, build, compile_if_it_pays, flat_parameters,
-                    from_rank_0, functional, generator, join_ranks, pick_device, rank, rank_0_first, ranks,
+                    from_rank_0, functional, generator, join_ranks, leave_ranks, pick_device, rank, rank_0_first, ranks,
                     rows_of_all_ranks, seconds_a_call, self_supervised_loss, stream, wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
 # ------------------------------------------------------------------------------------------------------------
-# Every setting with its stage, the paper's value and its meaning. Each is a flag (--syn-steps 40) and is kept in the
-# run folder's config.json. A stage depends on its own settings and on those of the stages above it.
+# Every setting with its stage, its default (the paper's value; of clip, bf16 and expert_epochs see README) and its
+# meaning. Each is a flag (--syn-steps 40) and is kept in the run folder's config.json. A stage depends on its own
+# settings and on those of the stages above it.
 SETTINGS = {
     "train_images":       ("data", 0, "use only the first so many training images; 0 for all"),
-    "image_size":         ("data", 0, "side in pixels to which a folder's images are squashed; 0 for 32"),
+    "image_size":         ("data", 0, "side in pixels to which images are squashed; 0: their own (folders: 32)"),
     "ssl":                ("teacher", "barlow", "self-supervised loss: barlow (Eq. 1) or simclr (Table 6)"),
     "teacher_width":      ("teacher", 64, "channels of the ResNet-18's first stage; representations have 8 times more"),
     "teacher_epochs":     ("teacher", 1000, "epochs of self-supervised training (simclr: 400)"),
@@ -77,7 +78,7 @@ SETTINGS = {
     "syn_lr_lr":          ("distill", 1e-4, "rate of SGD on the learned rate"),
     "syn_momentum":       ("distill", 0.5, "momentum of both"),
     "syn_batch":          ("distill", 256, "distilled images a step"),
-    "clip":               ("distill", 10.0, "limit on an image's gradient, in running medians of its norm; 0: none, as paper"),
+    "clip":               ("distill", 10.0, "limit on an image's gradient, in medians of its norm; 0: none, as in the paper"),
     "trajectories_per_step": ("distill", 1, "draws of expert and start epoch averaged in an iteration, on each rank"),
     "iterations":         ("length", 5000, "S, the number of distillation iterations"),
     "pretrain_epochs":    ("eval", 20, "epochs of pre-training (Eq. 9)"),
@@ -137,6 +138,9 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
     """
     images = dataset.train_images
     batch_size = min(batch_size, len(images)) // ranks() * ranks()
+    if batch_size < 2 * ranks():
+        raise InputError(f"teacher: {len(images)} images in batches of {batch_size} for {ranks()} processes: batch "
+                         "norm and Eq. 1 need two images each (--teacher-batch, --train-images)")
     per_epoch = len(images) // batch_size
     steps = epochs * per_epoch
     warmup = min(10 * per_epoch, max(1, steps // 10))
@@ -155,8 +159,9 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
 
     precision = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
     untouched = copy.deepcopy(model.state_dict())                    # trial calls would move batch norm's statistics
+    example = views(0)
     with precision:
-        network = speed_up(model, (views(0),), steps, backward=True, compile_seconds=40)
+        network = speed_up(model, (example,), steps, backward=True, compile_seconds=40)
     optimizer.zero_grad()
     model.load_state_dict(untouched)
     first = checkpoint.restore(model=model, optimizer=optimizer)
@@ -166,17 +171,18 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
     for step in range(first, steps):
         for group in optimizer.param_groups:
             group["lr"] = warmup_cosine(step, steps, warmup, peak_lr, 1e-3 * peak_lr) if ssl == "barlow" else peak_lr
+        x = views(step)                                                             # [2B, 3, H, W], in float32
         with precision:
-            z = network(views(step))                                                               # [2B, k]
+            z = network(x)                                                          # [2B, k]
         loss = teacher_loss(z, ssl, lambd, temperature)
         optimizer.zero_grad()
         (loss * ranks()).backward()                       # each rank has the gradient of its share; DDP averages them
         optimizer.step()
-        judge = monitor and (step + 1) % max(1, steps // 10) == 0
+        judge = (step + 1) % max(1, steps // 10) == 0 or step + 1 == steps
         if log.due() or checkpoint.due() or judge:
             value = finite(loss, f"teacher: the loss at step {step}", f"lower --teacher-lr, {peak_lr:g}")
             if log.due() or judge:
-                judged = monitor(model.eval()[0]) if judge else {}
+                judged = monitor(model.eval()[0]) if judge and monitor else {}
                 model.train()
                 log("teacher", step + 1, steps, epoch=step // per_epoch, loss=value, **judged)
             if checkpoint.due():
@@ -241,7 +247,7 @@ def inner_adjoint(loss):
     """(theta, x, z, v) -> (H v, d(g . v)/dx, g . v) with g = dL/dtheta and H = dg/dtheta.
 
     Differentiating the scalar g . v, itself a gradient, gives all three; H is never formed. (Forward over reverse does
-    not compile, reverse over forward, by torch.func.jvp, is as fast but leaves torch unusable where compiling fails.)
+    not compile; reverse over forward, by torch.func.jvp, leaves torch unusable where compiling fails.)
     """
     def adjoint(theta, x, z, v):
         def g_dot_v(theta, x):
@@ -312,16 +318,34 @@ def clip_per_image(grad, medians, step, factor):
     return grad * scale.view(-1, *[1] * (grad.dim() - 1)), (scale < 1).sum()
 
 
+def update(state, grad_images, grad_lr, step, pixel_lr, syn_lr_lr, momentum, clip):
+    """Line 18, one step of SGD with momentum on D_syn and alpha_syn: (the new state, number of images clipped).
+
+    state: images, lr, the velocity of both, and clip_per_image's medians. clip: see `clip_per_image`; one step then
+    changes the rate by at most a factor of two. 0 is the plain update of the paper.
+    """
+    lr, medians, clipped = state["lr"], state["medians"].clone(), torch.zeros_like(grad_lr)
+    if clip:
+        grad_images, clipped = clip_per_image(grad_images, medians, step, clip)
+    velocity = momentum * state["velocity"] + grad_images
+    lr_velocity = momentum * state["lr_velocity"] + grad_lr
+    new_lr = lr - syn_lr_lr * lr_velocity
+    if clip:
+        new_lr = new_lr.clamp(lr / 2, lr * 2)
+    return {"images": state["images"] - pixel_lr * velocity, "velocity": velocity, "lr": new_lr,
+            "lr_velocity": lr_velocity, "medians": medians}, clipped
+
+
 def distill(gradient, adjoint, expert, experts, images, representations, iterations, trajectories, syn_steps,
             match_epochs, max_start_epoch, pixel_lr, syn_lr, syn_lr_lr, momentum, batch_size, clip, seed, log,
             checkpoint, snapshot=lambda iteration, images, lr: None):
     """Algorithm 1, lines 4 to 19. Returns the distilled images [n, 3, H, W], the learned rate and the iterations done.
 
-    gradient, adjoint: see `matching_gradient`. expert(i): trajectory i of `experts`, [T + 1, P], on the CPU.
+    gradient, adjoint: see `matching_gradient`. expert(i): trajectory i of `experts`, [T + 1, P], on any device.
     images, representations: D_syn and Z_syn as initialised; Z_syn stays fixed.
     trajectories: draws of expert and start epoch whose gradients an iteration averages, divided over the ranks; one in
-    Algorithm 1. clip: see `clip_per_image`; it also keeps one iteration from changing the rate by more than a factor of
-    two. 0 is the plain update of the paper. snapshot(iteration, images, lr) is called every 1,000 iterations.
+    Algorithm 1. pixel_lr, syn_lr_lr, momentum, clip: see `update`. snapshot(iteration, images, lr) is called every
+    1,000 iterations.
     Logged, as means since the last line: Eq. 4's loss; the learned rate; mean absolute change of the pixels (in
     standard deviations); the inner loop's distance from theta*_t over the expert's; images clipped an iteration.
     Raises InputError at an iteration whose loss or gradient is not finite or whose rate is not positive; the state
@@ -343,28 +367,19 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
     log.start(first)
     for s in range(first, iterations):                                                             # line 5
         results = []
-        for i, t, batches in draw(s)[rank()::ranks()]:                                             # lines 6, 7
-            theta, target, *batches = (x.to(device, non_blocking=True) for x in                    # lines 9 - 12
-                                       (expert(i)[t], expert(i)[t + match_epochs], *batches))
+        for i, t, batches in draw(s)[rank()::ranks()]:                                  # lines 6, 7 and 10 - 12
+            theta, target, *batches = (x.to(device, non_blocking=True)                  # lines 8, 9
+                                       for x in (expert(i)[t], expert(i)[t + match_epochs], *batches))
             results.append(matching_gradient(gradient, adjoint, theta, target, images, representations, lr,
                                              batches))                                             # lines 13 - 17
         loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
-        norm, clipped = grad_images.norm() + grad_lr.abs(), torch.zeros_like(loss)
-        medians = state["medians"].clone()
-        if clip:
-            grad_images, clipped = clip_per_image(grad_images, medians, s, clip)
-        velocity = momentum * state["velocity"] + grad_images                                      # line 18
-        lr_velocity = momentum * state["lr_velocity"] + grad_lr
-        new_lr = lr - syn_lr_lr * lr_velocity
-        if clip:
-            new_lr = new_lr.clamp(lr / 2, lr * 2)
-        update = {"images": images - pixel_lr * velocity, "velocity": velocity, "lr": new_lr,
-                  "lr_velocity": lr_velocity, "medians": medians}
+        new, clipped = update(state, grad_images, grad_lr, s, pixel_lr, syn_lr_lr, momentum, clip)      # line 18
         # Whether all is well is decided on the device: the host does not wait, and a bad update is never made.
-        good = (broken[0] < 0) & loss.isfinite() & norm.isfinite() & new_lr.isfinite() & (new_lr > 0)
-        found = torch.stack([torch.full_like(loss, s), loss, norm, new_lr])
+        norm = grad_images.norm() + grad_lr.abs()
+        good = (broken[0] < 0) & loss.isfinite() & norm.isfinite() & new["lr"].isfinite() & (new["lr"] > 0)
+        found = torch.stack([torch.full_like(loss, s), loss, norm, new["lr"]])
         broken = torch.where(good | (broken[0] >= 0), broken, found)
-        for name, value in update.items():
+        for name, value in new.items():
             state[name].copy_(torch.where(good, value, state[name]))
 
         recent.append(torch.stack([loss, travelled.sqrt(), clipped.to(loss)]))
@@ -448,15 +463,15 @@ class Run:
         self.representations_file = args.representations
         self.data_fingerprint = fingerprint(self.dataset.train_images, self.dataset.test_images, self.dataset.mean,
                                             self.dataset.std)
-        self.log = Log(None if rank() else self.run_dir / "log.jsonl", args.log_seconds)
+        self.log = Log(None if rank() else self.run_dir / "log.jsonl", args.log_seconds, set=self.set_dir.name)
 
     def folder(self, stage):
         """Where a stage's files and the config.json that describes them lie."""
         return self.run_dir if stage in ("teacher", "experts") else self.set_dir
 
-    def inputs(self, stage):
+    def inputs(self, stage, complete=False):
         """What `stage` depends on: its settings and those of the stages above it, the seed, the data, and the content
-        of the files that it reads from the stages above."""
+        of the files that it reads from the stages above (InputError if one is missing and it must be `complete`)."""
         upstream = ["data", *STAGES][:list(STAGES).index(stage) + 2]
         values = {k: self.settings[k] for k, (s, *_) in SETTINGS.items() if s in upstream}
         if "trajectories_per_step" in values:
@@ -467,6 +482,9 @@ class Run:
         reads = {} if stage == "teacher" else {"representations": self.run_dir / "representations.pt"}
         if stage in ("distill", "eval"):
             reads["initial_images"] = self.set_dir / "init.pt"
+        for path in reads.values():
+            if complete and not path.exists():
+                raise InputError(f"{path} does not exist: run the stage that makes it first (--stage all)")
         return {"dataset": self.dataset.name, "data": self.data_fingerprint, "seed": self.seed, **values,
                 **{k: fingerprint(path) for k, path in reads.items() if path.exists()}}
 
@@ -483,6 +501,7 @@ class Run:
             differs = self.differences(stage)
             if differs and not (self.force and stage in requested):
                 told = ", ".join(f"{k} {then} -> {now}" for k, (then, now) in differs.items())
+                told += " counting all processes" * ("trajectories_per_step" in differs)
                 raise InputError(f"{self.folder(stage)} holds the stage {stage} of another run ({told}): give another "
                                  "--run-dir, or --force to make it (and, with --stage all, what follows) again")
 
@@ -493,12 +512,13 @@ class Run:
             if rank():
                 return
             folder, config, differs = self.folder(stage), self.config(self.folder(stage)), self.differences(stage)
+            inputs = self.inputs(stage, complete=True)
             if differs:
                 print(f"{stage}: made again ({', '.join(differs)})", flush=True)
                 for file in (f for pattern in outputs for f in folder.glob(pattern)):
                     file.unlink()
             if differs or stage not in config:
-                config[stage] = {"inputs": self.inputs(stage)}
+                config[stage] = {"inputs": inputs}
             # The protocol of evaluation is kept as it is unless evaluation itself is asked for with another.
             kept = {k: v for k, v in config.get("settings", {}).items()
                     if stage != "eval" and SETTINGS.get(k, ("",))[0] == "eval"}
@@ -519,7 +539,7 @@ class Run:
         def choose(f, example, steps, name="step", **options):
             config = self.config(folder)
             kept = config[stage].setdefault("compiled", {})
-            mode = self.compile if name not in kept else "on" if kept[name] else "off"
+            mode = self.compile if name not in kept or self.compile != "auto" else "on" if kept[name] else "off"
             f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, **options)
             if rank() == 0:
                 save_json(folder / "config.json", config)
@@ -537,34 +557,35 @@ def teacher_stage(run):
     if (folder / "representations.pt").exists():
         return
     if given is not None:
-        return save(folder / "representations.pt", given)
+        return None if rank() else save(folder / "representations.pt", given)
     print(f"teacher: {len(data.train_images) * 8 * s['teacher_width'] * 4 / 1e6:.0f} MB of representations on disk")
     encoder = build(lambda: models.resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"])),
                     run.seed, "teacher")
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
     model = torch.nn.Sequential(encoder, head).to(run.device).to(memory_format=torch.channels_last)
+    bf16, speed_up = use_bf16(s, run.device), run.speed_up("teacher")
     if ranks() > 1 and run.device.type == "cuda":               # torch has it for GPUs only: on CPUs each rank's own
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        speed_up = lambda f, *rest, **options: f                # and cannot compile it into one graph
     if (folder / "teacher.pt").exists():
         encoder.load_state_dict(load(folder / "teacher.pt"))
     else:
-        checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", run.minutes)
+        checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", run.minutes, bf16=bf16, processes=ranks())
         train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
                       s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"],
-                      use_bf16(s, run.device), run.seed,
-                      run.log, checkpoint, run.speed_up("teacher"),
+                      bf16, run.seed, run.log, checkpoint, speed_up,
                       monitor=(lambda encoder: {"knn": teacher_knn(encoder, data)}) if data.labelled else None)
-        if rank() == 0:
-            save(folder / "teacher.pt", encoder.state_dict())
-            checkpoint.remove()
     if rank():
         return
     encoder.eval()
     z = evaluation.encode(encoder.features, data.train_images, data.batch)                               # Z_T  [n, d]
+    z = check_representations(z.cpu(), "the teacher's representations (give another --teacher-lr, with --force)")
+    save(folder / "teacher.pt", encoder.state_dict())
     if len(data.test_images):
         save(folder / "representations_test.pt",
              evaluation.encode(encoder.features, data.test_images, data.batch).cpu())
-    save(folder / "representations.pt", check_representations(z.cpu(), "the teacher's representations"))
+    save(folder / "representations.pt", z)
+    (folder / "teacher_checkpoint.pt").unlink(missing_ok=True)
 
 
 def use_bf16(settings, device):
@@ -596,7 +617,7 @@ def read_representations(path, n):
     if Path(path).suffix == ".npy":
         try:
             z = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise InputError(f"{path} is not a readable .npy file of numbers ({error})") from error
     else:
         z = load(path)
@@ -677,7 +698,7 @@ def distill_stage(run):
     s, data, folder = run.settings, run.dataset, run.set_dir
     run.claim("distill", "distill*")
     result = folder / "distilled.pt"
-    done = load(result)["iterations"] if result.exists() else 0
+    done = from_rank_0(load(result)["iterations"] if result.exists() else -1)
     if done >= s["iterations"]:
         if done > s["iterations"]:
             print(f"distill: {result} has {done} iterations already; earlier ones are in distilled_*.pt", flush=True)
@@ -688,6 +709,8 @@ def distill_stage(run):
     z_syn = z[chosen].to(run.device)
     model, f = student(run, z.shape[1])
     trajectories = [load(expert_file(run.run_dir, i), mmap=True) for i in range(s["experts"])]
+    if run.device.type != "cpu" and s["experts"] * trajectories[0].nbytes < free_memory(run.device) / 2:
+        trajectories = [t.to(run.device) for t in trajectories]              # then no iteration waits for the disk
     print(f"distill: {len(images)} images, {3 * images.numel() * 4 / 1e6:.0f} MB on disk and "
           f"{images.numel() * 4 / 1e6:.0f} MB every 1,000 iterations", flush=True)
     speed_up, size = run.speed_up("distill"), min(s["syn_batch"], len(images))
@@ -697,16 +720,19 @@ def distill_stage(run):
                        name="adjoint")
 
     def write(iteration, images, lr, path):
+        if rank():
+            return
         save(path, {"images": images.cpu().contiguous(), "representations": z_syn.cpu(), "lr": lr.item(),
                     "mean": data.mean, "std": data.std, "indices": chosen, "dataset": run.dataset_name,
                     "percent": s["percent"], "iterations": iteration})
 
     final, lr, done = distill(
         gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"],
-        s["trajectories_per_step"] * ranks(), s["syn_steps"], s["match_epochs"], s["max_start_epoch"], s["pixel_lr"],
-        s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"], s["syn_batch"], s["clip"], run.seed, run.log,
-        Checkpoint(folder / "distill_checkpoint.pt", run.minutes),
-        lambda iteration, images, lr: write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt"))
+        trajectories=s["trajectories_per_step"] * ranks(), syn_steps=s["syn_steps"], match_epochs=s["match_epochs"],
+        max_start_epoch=s["max_start_epoch"], pixel_lr=s["pixel_lr"], syn_lr=s["syn_lr"], syn_lr_lr=s["syn_lr_lr"],
+        momentum=s["syn_momentum"], batch_size=s["syn_batch"], clip=s["clip"], seed=run.seed, log=run.log,
+        checkpoint=Checkpoint(folder / "distill_checkpoint.pt", run.minutes),
+        snapshot=lambda iteration, images, lr: write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt"))
     if rank():
         return
     picture = draw_picture(images, final, data.mean, data.std)
@@ -751,14 +777,14 @@ def measure(f, example, backward=False, calls=3):
     device, status = example[0].device, Path("/proc/self/status")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif status.exists():
-        Path("/proc/self/clear_refs").write_text("5")                     # Linux: sets the peak to what is in use now
+    else:
+        with contextlib.suppress(OSError):                                # Linux: sets the peak to what is in use now
+            Path("/proc/self/clear_refs").write_text("5")
     seconds = statistics.median(seconds_a_call(f, example, backward) for _ in range(calls))
     if device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(device)
-    if not status.exists():
-        return seconds, math.nan
-    return seconds, 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text()).group(1))
+    peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
+    return seconds, 1024 * int(peak.group(1)) if peak else math.nan
 
 
 def free_memory(device):
@@ -784,8 +810,11 @@ def steps_to_time(run, z):
     chunks, S_N = math.ceil(n / len(chunk)), s["iterations"] * s["syn_steps"]
     teacher_steps = s["teacher_epochs"] * (n // len(real))
     expert_steps = s["expert_epochs"] * math.ceil(n / len(expert))
-    # The default table: random and distilled sets four times and the full data once, with three seeds each.
-    table_steps = 3 * s["pretrain_epochs"] * (4 * math.ceil(run.size / len(syn)) + math.ceil(n / len(syn)))
+    pre = data.train_images[:min(s["pretrain_batch"], n)]
+    x_pre = data.batch(pre)
+    sizes = {"none": 0, "full": n}                                                     # the default table, three seeds
+    table_steps = 3 * s["pretrain_epochs"] * sum(math.ceil(sizes.get(name, run.size) / len(pre))
+                                                 for name in evaluation.DEFAULT_SETS)
 
     def project(views):
         with torch.autocast(run.device.type, torch.bfloat16, enabled=use_bf16(s, run.device)):
@@ -816,8 +845,8 @@ def steps_to_time(run, z):
         ("distill: gradient", inner_gradient(loss), (theta, x, z_syn), flops(model, x, 3), len(x), S_N, False, True),
         ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta.clone()), flops(model, x, 9), len(x), S_N,
          False, True),
-        ("eval: pre-training", lambda x, z: F.mse_loss(model(x), z), (x, z_syn), flops(model, x, 3), len(x),
-         table_steps, True, True),
+        ("eval: pre-training", lambda x, z: F.mse_loss(model(x), z), (x_pre, z[:len(pre)]), flops(model, x_pre, 3),
+         len(pre), table_steps, True, True),
     ]
 
 
@@ -1001,6 +1030,7 @@ def main(argv=None):
                 print(f"{name}: {describe(settings, name)}", flush=True)
                 STAGES[name](run)
                 wait_for_ranks()
+            leave_ranks()
     except InputError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)
         return 2

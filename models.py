@@ -1,4 +1,5 @@
-"""Networks and losses of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025): everything here is a plain function of tensors.
+"""Networks and losses of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025), as plain functions of tensors, and what every
+stage stands on: named random numbers, compilation, devices and processes.
 
     ConvNet                 the student of section 5: what experts, the distilled set and evaluation train
     ResNet, resnet10/18     the teacher, and the larger encoders of Table 5
@@ -45,7 +46,8 @@ def generator(seed, *name, device="cpu"):
 
 
 def build(make, seed, *name):
-    """make() with its initial weights drawn from the stream called `name`; the global generator is left as it was."""
+    """make() with its initial weights drawn, on the CPU, from the stream called `name`; torch's own generator of the
+    CPU is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(seed, *name))
         return make()
@@ -221,14 +223,6 @@ def flat_parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def load_flat_parameters(model, theta):
-    """Copies theta [P] into the parameters of `model`; the inverse of `flat_parameters`."""
-    with torch.no_grad():
-        for p, value in zip(model.parameters(), theta.split([p.numel() for p in model.parameters()])):
-            p.copy_(value.view_as(p))
-    return model
-
-
 def functional(model):
     """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
 
@@ -255,7 +249,7 @@ def seconds_a_call(f, example, backward=False):
     if backward:
         result.float().sum().backward()
     if example[0].is_cuda:
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(example[0].device)
     return time.monotonic() - began
 
 
@@ -287,8 +281,12 @@ def pick_device(name):
     """The torch.device called `name`; "auto" is the GPU if there is one. Raises InputError if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":                                                         # torchrun: a GPU for each process
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
         device = torch.device(name)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         torch.ones(1, device=device).item()
     except Exception as error:
         raise InputError(f"--device {name} cannot be used here ({first_line(error)}): try auto or cpu") from error
@@ -296,15 +294,18 @@ def pick_device(name):
 
 
 def join_ranks(device):
-    """The device of this process. If torchrun started it, it also joins the others: one GPU each, or gloo on CPUs."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    # Ranks wait for rank 0 while it works alone; torchrun itself ends them all when one of them fails.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7))
+    """`device`. If torchrun started this process, it also joins the others: by nccl on GPUs, by gloo on CPUs."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Ranks wait for rank 0 while it works alone; torchrun itself ends them all when one of them fails.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(days=7),
+                                device_id=device if device.type == "cuda" else None)
     return device
+
+
+def leave_ranks():
+    """The end of the work that `join_ranks` began."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank():

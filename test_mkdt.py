@@ -99,9 +99,11 @@ def test_resnets_have_the_published_shape():
 
 
 def test_flat_parameters_round_trip():
-    a, b = models.build(lambda: models.ConvNet(4, 32, 8), 0, "a"), models.build(lambda: models.ConvNet(4, 32, 8), 0, "b")
+    a, b = (models.build(lambda: models.ConvNet(4, 32, 8), 0, name) for name in "ab")
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(models.flat_parameters(a), models.flat_parameters(b))
-    models.load_flat_parameters(b, models.flat_parameters(a))
+    assert torch.allclose(models.functional(b)(models.flat_parameters(a), x), a(x), atol=1e-6)
+    nn.utils.vector_to_parameters(models.flat_parameters(a), b.parameters())
     assert torch.equal(models.flat_parameters(a), models.flat_parameters(b))
 
 
@@ -496,7 +498,8 @@ def test_sgd_step_is_torchs_and_experts_keep_copies():
     assert torch.equal(trajectory[0], theta)
     assert all(not torch.equal(a, b) for a, b in zip(trajectory, trajectory[1:]))        # nothing aliases live weights
 
-    model = models.load_flat_parameters(models.ConvNet(4, 8, 4, depth=2).double(), theta)
+    model = models.ConvNet(4, 8, 4, depth=2).double()
+    nn.utils.vector_to_parameters(theta, model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
     for epoch in range(3):
         order = torch.randperm(10, generator=models.generator(5, "expert order", epoch))
@@ -1104,6 +1107,21 @@ def test_other_settings_stop_and_say_what_differs(finished, capsys):
     assert mkdt.main(["--dataset", "shapes", *at(finished), *TINY, "--expert-lr", "0.2"]) == 2
     message = capsys.readouterr().err
     assert "experts" in message and "expert_lr 0.05 -> 0.2" in message and message.count("\n") == 1
+
+
+def test_stages_one_by_one_in_any_order(tmp_path, capsys):
+    where = ["--dataset", "shapes", *at(tmp_path), *TINY]
+    for stage in ("experts", "init", "distill", "eval"):                   # too early: refused, and nothing is spoilt
+        assert mkdt.main(["--stage", stage, *where]) == 2
+        assert "representations.pt does not exist: run the stage that makes it" in capsys.readouterr().err
+    for stage in ("teacher", "experts", "init", "distill"):
+        assert mkdt.main(["--stage", stage, *where, "--iterations", "0"]) == 0
+    d = data.load(tmp_path / "run/5pct_high_loss/distilled.pt")
+    assert d["iterations"] == 0 and d["lr"] == pytest.approx(0.25)                  # the initial set, as it was chosen
+    dataset = data.load_dataset("shapes", tmp_path / "data")
+    assert torch.equal(d["images"], dataset.batch(dataset.train_images[d["indices"]]))
+    sets = {json.loads(line)["set"] for line in (tmp_path / "run/log.jsonl").read_text().splitlines()}
+    assert sets == {"5pct_high_loss"}
 
 
 def test_more_iterations_and_seeds_extend(finished, tmp_path):
