@@ -8,14 +8,18 @@
 Cache format, for every data set: <data-dir>/<name>.npz with uint8 train_images, test_images [N, H, W, 3] and int64
 train_labels, test_labels [N] (-1 where there are none). Put such a file there and nothing is downloaded.
 """
+import contextlib
 import hashlib
 import json
 import math
 import os
 import random
 import shutil
+import signal
+import socket
 import struct
 import tempfile
+import threading
 import time
 import zipfile
 import zlib
@@ -29,6 +33,11 @@ import torchvision
 from PIL import Image
 
 from models import InputError, first_line, rank
+
+try:
+    import fcntl                                                            # not on Windows
+except ImportError:
+    fcntl = None
 
 # Channel means and standard deviations in [0, 1]. Those of the authors' code: the pixel learning rates of Table 8 are
 # in units of these deviations. Any other data set is normalised with its own training statistics.
@@ -49,7 +58,7 @@ def write_file(path, write):
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".beside")
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from error
     try:
@@ -60,8 +69,9 @@ def write_file(path, write):
         os.chmod(beside, 0o666 & ~UMASK)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:                 # torch.save turns a full disk into a RuntimeError
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise InputError(f"cannot write {path}: {reason}; earlier files are untouched") from error
+        reason, size = getattr(error, "strerror", None) or first_line(error), Path(beside).stat().st_size
+        raise InputError(f"cannot write {path}: {reason}, after {size / 1e6:.1f} MB; earlier files are "
+                         "untouched") from error
     finally:
         Path(beside).unlink(missing_ok=True)
 
@@ -127,22 +137,44 @@ def load(path, **options):
 
 
 class Checkpoint:
-    """The state of a loop in one file, written every so many minutes: tensors, and anything with a state_dict()."""
+    """The state of a loop in one file, written every so many minutes: tensors, and anything with a state_dict().
 
-    def __init__(self, path, minutes=5.0, **made_with):
-        """made_with: numbers and words that must be the same when it is resumed."""
+    Inside `with checkpoint:`, Ctrl-C and SIGTERM make it due at once; when it is saved, the loop ends there.
+    """
+
+    def __init__(self, path, minutes=5.0, every_rank=False, **made_with):
+        """every_rank: each rank has a loop and a file of its own; otherwise all have the same state and rank 0 writes.
+        made_with: numbers and words that must be the same when it is resumed."""
         self.path, self.seconds, self.made_with = Path(path), 60 * minutes, made_with
-        self.last = time.monotonic()
+        self.writes, self.last = every_rank or rank() == 0, time.monotonic()
+        self.asked, self.handlers = False, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _ask(self, *_):
+        if self.asked:                                                                     # a second time: without it
+            raise KeyboardInterrupt
+        self.asked = True
 
     def due(self):
-        return time.monotonic() - self.last >= self.seconds
+        """True when it is time to save: once in so many minutes, or when the process was asked to stop."""
+        return self.asked or time.monotonic() - self.last >= self.seconds
 
     def save(self, step, **parts):
-        """Writes `parts` after `step` steps; rank 0 does, as every rank has the same."""
-        if rank() == 0:
+        """Writes `parts` after `step` steps. Raises KeyboardInterrupt if the process was asked to stop."""
+        if self.writes:
             values = {k: p if torch.is_tensor(p) else p.state_dict() for k, p in parts.items()}
             save(self.path, {"step": step, "made_with": self.made_with, **values})
         self.last = time.monotonic()
+        if self.asked:
+            raise KeyboardInterrupt
 
     def restore(self, **parts):
         """Puts the saved values into `parts` and returns the step; 0, and nothing changed, if there is no file."""
@@ -159,6 +191,45 @@ class Checkpoint:
 
     def remove(self):
         self.path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def hold(folder):
+    """Holds `folder` for this process; the system frees it when the process ends, however it ends.
+
+    Raises InputError, saying who holds it, if another one does.
+    """
+    if fcntl is None:
+        yield
+        return
+    path = Path(folder) / ".lock"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}; choose another folder") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise InputError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it is "
+                             "done, or give another --run-dir") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        file.flush()
+        for lost in Path(folder).rglob(".*.beside"):                      # what a killed process was writing
+            lost.unlink(missing_ok=True)
+        yield
+
+
+def require_space(folder, size, what):
+    """Raises InputError if there are less than `size` bytes free where `folder` is, or will be made."""
+    there = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < size:
+        raise InputError(f"{what} need {size / 1e6:.0f} MB in {folder}, where {free / 1e6:.0f} MB are free: make room "
+                         "or give another --run-dir")
 
 
 class Log:

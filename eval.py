@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (Checkpoint, Dataset, Log, duration, fingerprint, load, load_dataset, normalize, read_json, save,
+from data import (Checkpoint, Dataset, Log, duration, fingerprint, hold, load, load_dataset, normalize, read_json, save,
                   save_json, shift_and_flip, to_download, two_views, write_file)
 from models import (ConvNet, InputError, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
                     gather_from_ranks, generator, join_ranks, leave_ranks, pick_device, projector, rank, rank_0_first,
@@ -129,8 +129,14 @@ def finished(encoder, what):
 
 @torch.no_grad()
 def encode(f, images, prepare, chunk=CHUNK):
-    """f(prepare(images)) in chunks of `chunk` images: uint8 [n, 3, H, W] -> float32 [n, d]."""
-    return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
+    """f(prepare(images)) in chunks of `chunk` images, or smaller ones if a GPU's memory does not suffice:
+    uint8 [n, 3, H, W] -> float32 [n, d]."""
+    try:
+        return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
+    except torch.OutOfMemoryError:
+        if chunk == 1:
+            raise
+    return encode(f, images, prepare, chunk // 2)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -545,10 +551,11 @@ def distil_krr_st(source):
     chosen = chosen.to(data.train_images.device)
     checkpoint = Checkpoint(source.run_dir / f"krr_st_{made_from}_checkpoint.pt")
     print(f"krr_st: distilling {source.size} images in {s['krr_iterations']} iterations", flush=True)
-    images, z = krr_st(lambda: source.encoder(), data.batch(data.train_images[chosen]), source.representations[chosen],
-                       data.train_images, source.representations, data.batch, s["krr_iterations"], 0,
-                       Log(source.run_dir / "log.jsonl"), checkpoint,
-                       online_steps=min(1000, s["krr_iterations"]))
+    with checkpoint:
+        images, z = krr_st(lambda: source.encoder(), data.batch(data.train_images[chosen]),
+                           source.representations[chosen], data.train_images, source.representations, data.batch,
+                           s["krr_iterations"], 0, Log(source.run_dir / "log.jsonl"), checkpoint,
+                           online_steps=min(1000, s["krr_iterations"]))
     save(path, {"images": images.cpu(), "representations": z.cpu(), "lr": s["pretrain_lr"]})
     checkpoint.remove()
     return images, z
@@ -1243,13 +1250,18 @@ def main(argv=None):
                 seven = sorted(TASKS, key=lambda t: not run.parent.name.startswith(t))
                 tasks = [t for task in args.tasks for t in (seven if task == "all" else [task])]
                 folder = args.save_encoder and Path(args.save_encoder, *(run.parts[-2:] if len(args.runs) > 1 else ()))
-                evaluate(run, sets, tasks, args.labels, args.seeds, args.encoders, args.protocol, args.stratified,
-                         args.image_size, args.data_dir, device, folder, args.compile, args.paired, args.pixels,
-                         args.ssl_epochs, args.krr_iterations)
+                with hold(run.parent) if not rank() and run.exists() else contextlib.nullcontext():
+                    evaluate(run, sets, tasks, args.labels, args.seeds, args.encoders, args.protocol, args.stratified,
+                             args.image_size, args.data_dir, device, folder, args.compile, args.paired, args.pixels,
+                             args.ssl_epochs, args.krr_iterations)
                 print((run / "results.md").read_text())
             leave_ranks()
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(f"eval.py: out of memory ({first_line(error)}): use a smaller encoder, or --tasks one by one",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("eval.py: stopped; the same command goes on with the cells that are missing", file=sys.stderr)

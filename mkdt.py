@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import re
 import statistics
@@ -34,9 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import models
-from data import (Checkpoint, Log, denormalize, duration, fingerprint, load, load_dataset, normalize,
-                  read_json, save, save_json, two_views, write_file)
-from models import (ConvNet, InputError, average_over_ranks, build, compile_if_it_pays, flat_parameters,
+from data import (Checkpoint, Log, denormalize, duration, fingerprint, hold, load, load_dataset, normalize, read_json,
+                  require_space, save, save_json, two_views, write_file)
+from models import (ConvNet, InputError, average_over_ranks, build, compile_if_it_pays, first_line, flat_parameters,
                     from_rank_0, functional, generator, join_ranks, leave_ranks, pick_device, rank, rank_0_first, ranks,
                     rows_of_all_ranks, seconds_a_call, self_supervised_loss, stream, wait_for_ranks)
 
@@ -78,7 +79,7 @@ SETTINGS = {
     "syn_lr_lr":          ("distill", 1e-4, "rate of SGD on the learned rate"),
     "syn_momentum":       ("distill", 0.5, "momentum of both"),
     "syn_batch":          ("distill", 256, "distilled images a step"),
-    "clip":               ("distill", 10.0, "limit on an image's gradient, in medians of its norm; 0: none, as in the paper"),
+    "clip":               ("distill", 10.0, "limit on an image's gradient, in medians of its norm; 0: none (paper)"),
     "trajectories_per_step": ("distill", 1, "draws of expert and start epoch averaged in an iteration, on each rank"),
     "iterations":         ("length", 5000, "S, the number of distillation iterations"),
     "pretrain_epochs":    ("eval", 20, "epochs of pre-training (Eq. 9)"),
@@ -210,19 +211,24 @@ def sgd_step(loss, momentum, decay):
     return step
 
 
-def train_expert(step, theta, images, representations, prepare, epochs, lr, batch_size, seed):
+def train_expert(step, theta, images, representations, prepare, epochs, lr, batch_size, seed, checkpoint=None):
     """One expert trajectory: theta*_0 .. theta*_epochs, the weights after each epoch, as [epochs + 1, P] (Eq. 7).
 
     step: the update of `sgd_step`. images uint8 [n, 3, H, W], `prepare` normalises a batch; representations [n, d].
     A fresh order each epoch, the short last batch kept, no augmentation, constant rate.
     """
-    trajectory, velocity = [theta.cpu().clone()], torch.zeros_like(theta)
-    for epoch in range(epochs):
-        order = torch.randperm(len(images), generator=generator(seed, "expert order", epoch)).to(images.device)
-        for batch in order.split(batch_size):
-            theta, velocity = step(theta, velocity, prepare(images[batch]), representations[batch], lr)
-        trajectory.append(theta.cpu().clone())       # a copy: on the CPU .cpu() alone would alias live weights
-    return torch.stack(trajectory)
+    trajectory, velocity = torch.empty(epochs + 1, len(theta), dtype=theta.dtype), torch.zeros_like(theta)
+    trajectory[0] = theta                                     # on the CPU; rows are copies, not the live weights
+    per_epoch = math.ceil(len(images) / batch_size)
+    first = checkpoint.restore(theta=theta, velocity=velocity, trajectory=trajectory) if checkpoint else 0
+    steps = enumerate(evaluation.batches(len(images), batch_size, epochs, seed, "expert order", images.device))
+    for s, (epoch, batch) in itertools.islice(steps, first, None):
+        theta, velocity = step(theta, velocity, prepare(images[batch]), representations[batch], lr)
+        if (s + 1) % per_epoch == 0:
+            trajectory[epoch + 1] = theta
+        if checkpoint and checkpoint.due():
+            checkpoint.save(s + 1, theta=theta, velocity=velocity, trajectory=trajectory)
+    return trajectory
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -558,7 +564,9 @@ def teacher_stage(run):
         return
     if given is not None:
         return None if rank() else save(folder / "representations.pt", given)
-    print(f"teacher: {len(data.train_images) * 8 * s['teacher_width'] * 4 / 1e6:.0f} MB of representations on disk")
+    size = len(data.train_images) * 8 * s["teacher_width"] * 4
+    print(f"teacher: {size / 1e6:.0f} MB of representations on disk")
+    require_space(folder, size, "teacher: the representations")
     encoder = build(lambda: models.resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"])),
                     run.seed, "teacher")
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
@@ -570,11 +578,11 @@ def teacher_stage(run):
     if (folder / "teacher.pt").exists():
         encoder.load_state_dict(load(folder / "teacher.pt"))
     else:
-        checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", run.minutes, bf16=bf16, processes=ranks())
-        train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
-                      s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"],
-                      bf16, run.seed, run.log, checkpoint, speed_up,
-                      monitor=(lambda encoder: {"knn": teacher_knn(encoder, data)}) if data.labelled else None)
+        monitor = (lambda encoder: {"knn": teacher_knn(encoder, data)}) if data.labelled else None
+        with Checkpoint(folder / "teacher_checkpoint.pt", run.minutes, bf16=bf16, processes=ranks()) as checkpoint:
+            train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
+                          s["teacher_decay"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"], bf16, run.seed,
+                          run.log, checkpoint, speed_up, monitor)
     if rank():
         return
     encoder.eval()
@@ -635,8 +643,8 @@ def student(run, d):
 def experts_stage(run):
     """Trains the expert trajectories that are missing: experts/expert_000.pt ..., each flat float32 [T + 1, P]."""
     s, data, folder = run.settings, run.dataset, run.run_dir
-    run.claim("experts", "experts/*.pt")
-    missing = from_rank_0([i for i in range(s["experts"]) if not expert_file(folder, i).exists()])
+    run.claim("experts", "experts/*.pt", "experts/*.checkpoint")
+    missing = from_rank_0([i for i in range(s["experts"]) if not whole(expert_file(folder, i))])
     if not missing:
         return
     z = load(folder / "representations.pt").to(run.device)
@@ -646,6 +654,7 @@ def experts_stage(run):
     steps = math.ceil(len(missing) / ranks()) * epochs * math.ceil(len(z) / size)
     print(f"experts: {len(missing)} of {epochs} epochs, {len(missing) * (epochs + 1) * P * 4 / 1e6:.0f} MB on disk",
           flush=True)
+    require_space(folder, len(missing) * (epochs + 1) * P * 4, "experts: the trajectories")
     theta = flat_parameters(model)
     step = sgd_step(kd_loss(f), s["expert_momentum"], s["expert_decay"])
     example = theta, torch.zeros_like(theta), data.batch(data.train_images[:size]), z[:size], s["expert_lr"]
@@ -654,11 +663,14 @@ def experts_stage(run):
     run.log.start()
     for done, i in enumerate(missing):
         theta = flat_parameters(build(lambda: student(run, z.shape[1])[0], run.seed, "expert", i))
-        trajectory = train_expert(step, theta, data.train_images, z, data.batch, epochs, s["expert_lr"], size,
-                                  stream(run.seed, "expert", i))
+        path = expert_file(folder, i)
+        with Checkpoint(path.with_suffix(".checkpoint"), run.minutes, every_rank=True) as checkpoint:
+            trajectory = train_expert(step, theta, data.train_images, z, data.batch, epochs, s["expert_lr"], size,
+                                      stream(run.seed, "expert", i), checkpoint)
         if not trajectory[-1].isfinite().all():
             raise InputError(f"experts: expert {i} diverged (lower --expert-lr, now {s['expert_lr']})")
-        save(expert_file(folder, i), trajectory)
+        save(path, trajectory)
+        checkpoint.remove()
         if run.log.due() or done + 1 == len(missing):
             losses = [loss_per_image(f, [theta.to(run.device)], data.train_images[:1000], z[:1000], data.batch).mean()
                       for theta in trajectory]
@@ -669,6 +681,15 @@ def experts_stage(run):
 def expert_file(folder, i):
     """Where expert i is kept."""
     return folder / "experts" / f"expert_{i:03d}.pt"
+
+
+def whole(path):
+    """Whether the file is there and undamaged; a damaged one is said to be made again."""
+    try:
+        return path.exists() and load(path, mmap=True) is not None
+    except InputError as error:
+        print(f"{error}; it is made again", flush=True)
+        return False
 
 
 def init_stage(run):
@@ -713,6 +734,7 @@ def distill_stage(run):
         trajectories = [t.to(run.device) for t in trajectories]              # then no iteration waits for the disk
     print(f"distill: {len(images)} images, {3 * images.numel() * 4 / 1e6:.0f} MB on disk and "
           f"{images.numel() * 4 / 1e6:.0f} MB every 1,000 iterations", flush=True)
+    require_space(folder, (5 + s["iterations"] // 1000) * images.numel() * 4, "distill: the distilled sets")
     speed_up, size = run.speed_up("distill"), min(s["syn_batch"], len(images))
     theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
     gradient = speed_up(inner_gradient(kd_loss(f)), (theta, images[:size], z_syn[:size]), steps, name="gradient")
@@ -726,13 +748,16 @@ def distill_stage(run):
                     "mean": data.mean, "std": data.std, "indices": chosen, "dataset": run.dataset_name,
                     "percent": s["percent"], "iterations": iteration})
 
-    final, lr, done = distill(
-        gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"],
-        trajectories=s["trajectories_per_step"] * ranks(), syn_steps=s["syn_steps"], match_epochs=s["match_epochs"],
-        max_start_epoch=s["max_start_epoch"], pixel_lr=s["pixel_lr"], syn_lr=s["syn_lr"], syn_lr_lr=s["syn_lr_lr"],
-        momentum=s["syn_momentum"], batch_size=s["syn_batch"], clip=s["clip"], seed=run.seed, log=run.log,
-        checkpoint=Checkpoint(folder / "distill_checkpoint.pt", run.minutes),
-        snapshot=lambda iteration, images, lr: write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt"))
+    def snapshot(iteration, images, lr):
+        write(iteration, images, lr, folder / f"distilled_{iteration:05d}.pt")
+
+    with Checkpoint(folder / "distill_checkpoint.pt", run.minutes) as checkpoint:
+        final, lr, done = distill(
+            gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"],
+            trajectories=s["trajectories_per_step"] * ranks(), syn_steps=s["syn_steps"],
+            match_epochs=s["match_epochs"], max_start_epoch=s["max_start_epoch"], pixel_lr=s["pixel_lr"],
+            syn_lr=s["syn_lr"], syn_lr_lr=s["syn_lr_lr"], momentum=s["syn_momentum"], batch_size=s["syn_batch"],
+            clip=s["clip"], seed=run.seed, log=run.log, checkpoint=checkpoint, snapshot=snapshot)
     if rank():
         return
     picture = draw_picture(images, final, data.mean, data.std)
@@ -1014,6 +1039,7 @@ def parse(argv):
 def main(argv=None):
     """The command line. Exit code 2 and one line on stderr for anything the user can put right."""
     args, given = parse(argv)
+    name = args.stage
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")         # torch's own, of its own parts
     try:
         device = join_ranks(pick_device(args.device))
@@ -1025,14 +1051,20 @@ def main(argv=None):
                 bench_stage(run)
                 return 0
             stages = list(STAGES) if args.stage == "all" else [args.stage]
-            run.check(stages)
-            for name in stages:
-                print(f"{name}: {describe(settings, name)}", flush=True)
-                STAGES[name](run)
-                wait_for_ranks()
+            with hold(run.run_dir) if not rank() else contextlib.nullcontext():
+                run.check(stages)
+                for name in stages:
+                    print(f"{name}: {describe(settings, name)}", flush=True)
+                    STAGES[name](run)
+                    wait_for_ranks()
             leave_ranks()
     except InputError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        lower = {"teacher": "--teacher-batch", "experts": "--expert-batch", "distill": "--syn-batch or --syn-steps",
+                 "eval": "--pretrain-batch"}.get(name, "--width")
+        print(f"mkdt.py: {name}: out of memory ({first_line(error)}): lower {lower}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("mkdt.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -7,13 +7,17 @@ import collections
 import hashlib
 import json
 import math
+import os
 import pickle
+import random
 import re
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1091,6 +1095,105 @@ def test_nothing_finished_is_run_again(finished):
     files = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")}
     assert mkdt.main(["--stage", "all", "--dataset", "shapes", *at(finished), *TINY]) == 0
     assert files == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")}
+
+
+def start(*arguments):
+    """mkdt.py on shapes in a process of its own."""
+    return subprocess.Popen([sys.executable, "mkdt.py", "--dataset", "shapes", *arguments], text=True,
+                            cwd=Path(mkdt.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+LONGER = ["--teacher-epochs", "12", "--expert-epochs", "30", "--iterations", "150", "--checkpoint-minutes", "0.0003"]
+KILLS = int(os.environ.get("MKDT_KILLS", 1))                                    # rounds of kills; many take hours
+
+
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
+    """Stopped in every stage at a random moment, by SIGKILL or SIGTERM, and started again: the same tensors."""
+    whole = start(*at(tmp_path), *TINY, *LONGER)
+    assert whole.wait() == 0, whole.stderr.read()
+    rng, resumed = random.Random(KILLS), 0
+    for _ in range(KILLS):
+        where = ["--data-dir", str(tmp_path / "data"), "--run-dir", str(tmp_path / "killed"), *TINY, *LONGER]
+        shutil.rmtree(tmp_path / "killed", ignore_errors=True)
+        for stage in ("teacher", "experts", "distill") if KILLS == 1 else ("teacher", "experts", "init", "distill", "eval"):
+            process = start(*where)
+            for line in process.stdout:
+                if line.startswith(f"{stage}:"):
+                    break
+            time.sleep(rng.uniform(0, 1.5))
+            process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
+            resumed += "resuming" in process.communicate()[0]
+        last = start(*where)
+        out, error = last.communicate()
+        assert last.returncode == 0, error
+        resumed += "resuming" in out
+        for file in sorted(p.relative_to(tmp_path / "run") for p in (tmp_path / "run").rglob("*.pt")):
+            one, other = (data.load(tmp_path / folder / file) for folder in ("run", "killed"))
+            same(one, other, file)
+        one, other = (json.loads((tmp_path / d / "5pct_high_loss/results.json").read_text()) for d in ("run", "killed"))
+        assert one == other
+        assert not list((tmp_path / "killed").rglob("*.beside")) and not list((tmp_path / "killed").rglob("*.checkpoint"))
+    assert resumed                                                     # it was interrupted where there is much to lose
+
+
+def same(a, b, where):
+    """Asserts that a and b, nested tensors, numbers and words, are equal."""
+    if torch.is_tensor(a):
+        assert torch.equal(a, b) or (a.isnan() & b.isnan() | (a == b)).all(), where
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for k in a:
+            same(a[k], b[k], (where, k))
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for x, y in zip(a, b):
+            same(x, y, where)
+    else:
+        assert a == b, where
+
+
+def test_a_run_folder_has_one_holder(finished, capsys):
+    with data.hold(finished / "run"):
+        assert mkdt.main(["--dataset", "shapes", *at(finished), *TINY]) == 2
+        assert f"is in use by process {os.getpid()} on" in capsys.readouterr().err
+        assert evaluation.main(["--run-dir", str(finished / "run/5pct_high_loss")]) == 2
+        assert "wait until it is done" in capsys.readouterr().err
+    (finished / "run/experts/.expert_000.pt.x.beside").write_bytes(b"left by a killed process")
+    with data.hold(finished / "run"):                                                          # free again, and tidied
+        assert not (finished / "run/experts/.expert_000.pt.x.beside").exists()
+
+
+def test_a_damaged_expert_is_made_again(finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "x")
+    file = tmp_path / "x/run/experts/expert_001.pt"
+    whole = file.read_bytes()
+    for damaged in (whole[:len(whole) // 2], whole[:900] + bytes([whole[900] ^ 1]) + whole[901:]):
+        file.write_bytes(damaged)
+        assert mkdt.main(["--stage", "experts", "--dataset", "shapes", *at(tmp_path / "x"), *TINY]) == 0
+        assert "expert_001.pt" in capsys.readouterr().out
+        assert torch.equal(data.load(file), data.load(finished / "run/experts/expert_001.pt"))
+
+
+def test_what_a_disk_cannot_hold_is_refused_beforehand(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    assert mkdt.main(["--dataset", "shapes", "--data-dir", str(finished / "data"), "--run-dir", str(tmp_path / "x"),
+                      *TINY]) == 2
+    assert re.search(r"representations need 0 MB in .*x, where 0 MB are free: make room", capsys.readouterr().err)
+
+
+def test_encoding_takes_smaller_chunks_when_memory_is_short():
+    sizes = []
+
+    def small(x):
+        sizes.append(len(x))
+        if len(x) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return x.flatten(1)
+    images = torch.arange(10 * 3 * 2 * 2, dtype=torch.uint8).view(10, 3, 2, 2)
+    assert torch.equal(evaluation.encode(small, images, lambda x: x, chunk=8), images.flatten(1).float())
+    assert sizes == [8, 4, 2, 2, 2, 2, 2]
+    with pytest.raises(torch.OutOfMemoryError):
+        evaluation.encode(lambda x: small(x.repeat(4, 1, 1, 1)), images, lambda x: x)
 
 
 def test_bench_measures_every_stage(tmp_path, capsys):
