@@ -1103,7 +1103,7 @@ def start(*arguments):
                             cwd=Path(mkdt.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-LONGER = ["--teacher-epochs", "12", "--expert-epochs", "30", "--iterations", "150", "--checkpoint-minutes", "0.0003"]
+LONGER = ["--teacher-epochs", "6", "--expert-epochs", "15", "--iterations", "60", "--checkpoint-minutes", "0.0003"]
 KILLS = int(os.environ.get("MKDT_KILLS", 1))                                    # rounds of kills; many take hours
 
 
