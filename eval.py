@@ -1186,9 +1186,9 @@ def parse(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
         epilog=f"pre-training sets (SET):\n{sets}\n\nany at another rate: random@0.3, or the learned one: random@mkdt")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run-dir", help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
-    what.add_argument("--table", choices=TABLES, help="the settings of that table of the paper, for the runs in runs/")
+    parser.add_argument("--run-dir", help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
+    parser.add_argument("--table", choices=TABLES,
+                        help="the settings of that table of the paper, for its runs in runs/ or for --run-dir")
     parser.add_argument("--sets", nargs="+", metavar="SET", help=f"(default: {' '.join(DEFAULT_SETS)})")
     parser.add_argument("--tasks", nargs="+", metavar="DATASET",
                         help="data sets to probe on; all: the seven of Table 1 (default: the run's own)")
@@ -1218,7 +1218,9 @@ def parse(argv):
     parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
     args = parser.parse_args(argv)
     table = TABLES.get(args.table, {})
-    args.runs = [Path("runs") / run for run in table.get("runs", [])] or [Path(args.run_dir)]
+    if not (args.run_dir or args.table):
+        parser.error("give --run-dir, or --table for the runs in runs/")
+    args.runs = [Path(args.run_dir)] if args.run_dir else [Path("runs") / run for run in table["runs"]]
     args.sets = args.sets or table.get("sets", DEFAULT_SETS)
     args.encoders = args.encoders or table.get("encoders", ["convnet"])
     args.protocol = args.protocol or table.get("protocol", "linear")

@@ -1366,6 +1366,10 @@ def test_a_table_of_the_paper_beside_its_values(finished, tmp_path, monkeypatch,
     assert evaluation.main(["--table", "7", "--tasks", "cifar10", "--sets", "none", "--seeds", "0"]) == 0
     out = capsys.readouterr().out
     assert "runs/cifar100/2pct_high_loss is left out" in out and "| 50% | No Pre-Training |" in out
+    assert evaluation.main(["--table", "7", "--run-dir", str(run), "--tasks", "cifar10", "--sets", "none"]) == 0
+    assert "| 50% | No Pre-Training |  | " in capsys.readouterr().out and len(data.read_json(run / "results.json")) > 10
+    with pytest.raises(SystemExit):
+        evaluation.main(["--sets", "none"])
 
 
 def test_a_set_that_diverges_costs_its_own_cells_only(finished, tmp_path, capsys):
