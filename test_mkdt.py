@@ -1120,7 +1120,11 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
             for line in process.stdout:
                 if line.startswith(f"{stage}:"):
                     break
-            time.sleep(rng.uniform(0, 1.5))
+            saved = {"teacher": "teacher_checkpoint.pt", "experts": "experts/*.checkpoint",
+                     "distill": "*/distill_checkpoint.pt"}.get(stage, "*")
+            while process.poll() is None and not list((tmp_path / "killed").glob(saved)):
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 0.3))
             process.send_signal(rng.choice([signal.SIGKILL, signal.SIGTERM]))
             resumed += "resuming" in process.communicate()[0]
         last = start(*where)
