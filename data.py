@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -232,6 +233,22 @@ def require_space(folder, size, what):
                          "or give another --run-dir")
 
 
+def free_memory(device):
+    """Bytes of memory that are free: of the GPU, or of the machine (infinitely many where it does not tell)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    about = Path("/proc/meminfo")
+    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", about.read_text()).group(1)) if about.exists() else math.inf
+
+
+def require_memory(device, size, what, lower):
+    """Raises InputError if less than `size` bytes of memory are free. lower: the flags that would make it less."""
+    free = free_memory(device)
+    if free < size:
+        raise InputError(f"{what} needs at least {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}: "
+                         f"lower {lower}")
+
+
 class Log:
     """Progress on the screen, a line an interval, and the same as JSON lines in `path` (if one is given)."""
 
@@ -392,9 +409,10 @@ def read_npz(path):
                          "(--dataset shapes needs no file)") from error
     if "train_images" not in arrays:
         raise InputError(f"{path} has no array train_images (uint8 [N, H, W, 3])")
-    arrays.setdefault("test_images", arrays["train_images"][:0])
+    train = arrays["train_images"]
+    arrays.setdefault("test_images", np.empty((0, *train.shape[1:]), train.dtype))
     for split in ("train", "test"):
-        arrays.setdefault(f"{split}_labels", np.full(len(arrays[f"{split}_images"]), -1, np.int64))
+        arrays.setdefault(f"{split}_labels", np.full(arrays[f"{split}_images"].shape[:1], -1, np.int64))
     check_arrays(arrays, path)
     return arrays
 
@@ -412,10 +430,22 @@ def check_arrays(arrays, path):
             raise InputError(f"{path}: {split}_labels must be {len(images)} integers, "
                              f"not {labels.dtype} {list(labels.shape)}")
         arrays[f"{split}_labels"] = labels.astype(np.int64)
+    number_classes(arrays, path)
     if len(arrays["train_images"]) < 2:
         raise InputError(f"{path}: {len(arrays['train_images'])} training images: at least 2 are needed")
     if len(arrays["test_images"]) and arrays["test_images"].shape[1:] != arrays["train_images"].shape[1:]:
         raise InputError(f"{path}: train_images and test_images differ in size")
+
+
+def number_classes(arrays, path):
+    """Numbers the classes from 0 without gaps, in the order of their labels; negative labels (unknown) become -1."""
+    train, test = (arrays[f"{split}_labels"] for split in ("train", "test"))
+    classes = np.unique(train[train >= 0])
+    strange = test[(test >= 0) & ~np.isin(test, classes)]
+    if len(classes) and len(strange):
+        raise InputError(f"{path}: test_labels hold {strange[0]}, a class without a training image")
+    for split, labels in (("train", train), ("test", test)):
+        arrays[f"{split}_labels"] = np.where((labels >= 0) & (len(classes) > 0), np.searchsorted(classes, labels), -1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -657,14 +687,26 @@ def _squash(image, size):
     return np.asarray(image.resize((size, size), Image.Resampling.LANCZOS))
 
 
+def _rgb(image):
+    """A PIL image in RGB. Those of 16 bit, which PIL would cut off at 255, keep their upper eight."""
+    if image.mode.startswith("I"):
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
+            raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("floating-point pixels")
+    return image.convert("RGB")
+
+
 def _decode(splits, size):
     """{split: [(path, label), ...]} -> the four arrays: RGB, squashed to `size` with Lanczos, by several threads."""
     def decode(path):
         try:
             with Image.open(path) as image:
-                return _squash(image.convert("RGB"), size)
+                return _squash(_rgb(image), size)
         except Exception as error:                          # PIL raises almost anything on a damaged file
-            raise InputError(f"cannot read the image {path} ({error}): repair or remove it") from error
+            raise InputError(f"cannot read the image {path} ({first_line(error)}): repair or remove it") from error
 
     arrays = {}
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:

@@ -212,8 +212,8 @@ def labelled_subset(n, percent, seed, labels=None):
         count = math.floor(len(group) * percent / 100 + 1e-9) if math.isfinite(percent) else 0
         if not 1 <= count <= len(group):
             what = "training images" if labels is None else f"training images of class {int(labels[group[0]])}"
-            raise InputError(f"{percent:g}% of {len(group)} {what} is {count} images: --labels must leave from 1 to "
-                             f"{len(group)}")
+            raise InputError(f"{percent:g}% of {len(group)} {what} is {count} images: --labels of eval.py must leave "
+                             f"from 1 to {len(group)}")
         chosen.append(group[torch.randperm(len(group), generator=rng)[:count]])
     return torch.cat(chosen).sort().values
 
@@ -580,12 +580,12 @@ def read_source(run_dir, data_dir, device, rivals):
 
 
 def read_tasks(names, source, percents, seeds, stratified, image_size, data_dir, device):
-    """({name: data set to probe on, whole}, {name: why it is left out}).
+    """({name: data set to probe on, whole}, {name: shares of its labels}, {what is left out: why}).
 
     image_size: side of all, which then stands in their names too, as in dogs-64px; 0 for their own sizes. A task that
-    cannot be had or probed as asked is left out; InputError if none remains.
+    cannot be had, or a share of it that cannot be probed, is left out; InputError if nothing remains.
     """
-    own, tasks, skipped = source.distilled["dataset"], {}, {}
+    own, tasks, shares, skipped = source.distilled["dataset"], {}, {}, {}
     names = list(dict.fromkeys(own if Path(name).resolve() == Path(own).resolve() else name for name in names))
     if megabytes := to_download(names, data_dir, image_size):
         print("eval: to download: " + ", ".join(f"{n} {mb} MB" for n, mb in megabytes.items()), flush=True)
@@ -593,30 +593,42 @@ def read_tasks(names, source, percents, seeds, stratified, image_size, data_dir,
         size = source.settings["image_size"] if name == own and not image_size else image_size
         try:
             task = load_dataset(name, data_dir, size, device)
-            check_task(task, percents, seeds, stratified, 2 ** convnet_depth(source.dataset.image_size))
-            tasks[f"{name}-{image_size}px" if image_size else name] = task
+            check_task(task, 2 ** convnet_depth(source.dataset.image_size))
         except InputError as error:
-            if len(names) == 1:
-                raise
             skipped[name] = str(error)
-            print(f"eval: {name} is left out: {error}", flush=True)
+            continue
+        why = {percent: share_is_useless(task, percent, seeds, stratified) for percent in percents}
+        skipped.update({f"{percent:g}% of {name}": reason for percent, reason in why.items() if reason})
+        if usable := [percent for percent in percents if not why[percent]]:
+            called = f"{name}-{image_size}px" if image_size else name
+            tasks[called], shares[called] = task, usable
     if not tasks:
-        raise InputError("no task is left: " + "; ".join(skipped.values()))
-    return tasks, skipped
+        raise InputError("; ".join(skipped.values()))
+    for what, reason in skipped.items():
+        print(f"eval: {what} is left out: {reason}", flush=True)
+    return tasks, shares, skipped
 
 
-def check_task(task, percents, seeds, stratified, smallest):
-    """Raises InputError if `task` is below `smallest` pixels or has no labels to probe on, for any share and seed."""
+def check_task(task, smallest):
+    """Raises InputError if `task` is below `smallest` pixels or has no labels to probe on."""
     if not task.labelled:
         raise InputError(f"{task.name} has no labels for both splits, so it cannot be probed: give --tasks")
     if task.image_size < smallest:
         raise InputError(f"{task.name} has {task.image_size}-pixel images, too small for the encoder: give "
                          f"--image-size {smallest} or more")
-    for percent, seed in ((p, s) for p in percents for s in seeds):
-        labels = labels_of(task, percent, seed, stratified)[1]
-        if (labels == labels[0]).all():
-            raise InputError(f"the {len(labels)} labelled images ({percent:g}% of {task.name}, seed {seed}) are all of "
-                             "one class: raise --labels")
+
+
+def share_is_useless(task, percent, seeds, stratified):
+    """Why a share of the task's labels cannot be probed with one of the seeds; None if it can."""
+    try:
+        for seed in seeds:
+            labels = labels_of(task, percent, seed, stratified)[1]
+            if (labels == labels[0]).all():
+                return (f"the {len(labels)} labelled images ({percent:g}% of {task.name}, seed {seed}) are all of one "
+                        "class: raise --labels of eval.py")
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def labels_of(task, percent, seed, stratified):
@@ -660,8 +672,8 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
             source.encoder(kind)
         if reference:
             parse_set(reference)
-        tasks, skipped = read_tasks(list(tasks) or [source.distilled["dataset"]], source, percents, seeds, stratified,
-                                    image_size, data_dir, device)
+        tasks, shares, skipped = read_tasks(list(tasks) or [source.distilled["dataset"]], source, percents, seeds,
+                                            stratified, image_size, data_dir, device)
         if any(parse_set(name)[0] == "krr_st" for name in sets):
             source.own["krr_st"] = distil_krr_st(source)
     task_data = {t: fingerprint(task.train_images, task.train_labels, task.test_images, task.test_labels)
@@ -687,12 +699,12 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
         todo = []                                              # (set, seed, {task: labelled shares that it lacks})
         for seed in dict.fromkeys(seeds):
             for name in sets:
-                lacks = {t: [p for p in percents if seed not in record(name, kind, t, p)["scores"]] for t in tasks}
-                lacks = {t: shares for t, shares in lacks.items() if shares}
+                lacks = {t: [p for p in shares[t] if seed not in record(name, kind, t, p)["scores"]] for t in tasks}
+                lacks = {t: missing for t, missing in lacks.items() if missing}
                 if lacks or (save_encoder and not encoder_file(save_encoder, name, seed, kind).exists()):
                     todo.append((name, seed, lacks))
         todo = from_rank_0(todo)
-        student = speed_up(kind, source, tasks, percents, [name for name, _, _ in todo], protocol, compile)
+        student = speed_up(kind, source, tasks, shares, [name for name, _, _ in todo], protocol, compile)
         log.start()
         for done in range(0, len(todo), ranks()):
             scores, failed = [], None
@@ -731,7 +743,7 @@ class Student:
     features: object = None
 
 
-def speed_up(kind, source, tasks, percents, names, protocol, mode):
+def speed_up(kind, source, tasks, shares, names, protocol, mode):
     """The Student of that kind with its functions compiled for full batches where that pays for the sets `names`;
     says what pre-training on them and encoding the tasks will take."""
     encoder = source.encoder(kind).to(source.dataset.train_images.device).to(memory_format=torch.channels_last)
@@ -743,8 +755,8 @@ def speed_up(kind, source, tasks, percents, names, protocol, mode):
     s, data = source.settings, source.dataset
     each = {name: count_steps(name, source) for name in set(names)}
     steps = sum(each[name] for name in names)
-    encoded = len(names) * sum(len(task.test_images) + len(task.train_images) * sum(percents) / 100
-                               for task in tasks.values()) if protocol == "linear" else 0
+    encoded = len(names) * sum(len(task.test_images) + len(task.train_images) * sum(shares[t]) / 100
+                               for t, task in tasks.items()) if protocol == "linear" else 0
 
     def full_batches(f, example, calls, backward, chosen):
         how = mode if chosen is None or mode != "auto" else "on" if chosen else "off"
@@ -1189,12 +1201,14 @@ def parse(argv):
     parser.add_argument("--run-dir", help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
     parser.add_argument("--table", choices=TABLES,
                         help="the settings of that table of the paper, for its runs in runs/ or for --run-dir")
-    parser.add_argument("--sets", nargs="+", metavar="SET", help=f"(default: {' '.join(DEFAULT_SETS)})")
+    parser.add_argument("--sets", nargs="+", metavar="SET",
+                        help=f"what to pre-train on, see below (default: {' '.join(DEFAULT_SETS)})")
     parser.add_argument("--tasks", nargs="+", metavar="DATASET",
                         help="data sets to probe on; all: the seven of Table 1 (default: the run's own)")
     parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT",
                         help="shares of the task's training labels in percent (default: 1 5; 100 for finetune)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
+                        help="a seed fixes initial weights, batches and labelled images (default: 0 1 2)")
     parser.add_argument("--encoders", nargs="+", metavar="NAME",
                         help="convnet, resnet10, resnet18, or with a width: resnet18:16 (default: convnet)")
     parser.add_argument("--protocol", choices=["linear", "finetune"],
@@ -1203,7 +1217,7 @@ def parse(argv):
     parser.add_argument("--paired", nargs="?", const="random", metavar="SET",
                         help="add each set's paired difference to SET, with standard errors (if none is named: random)")
     parser.add_argument("--image-size", type=int, default=0, metavar="PIXELS",
-                        help="squash every task to this side (default: 0, 32 and for TinyImageNet 64)")
+                        help="squash every task to this side in pixels (default: 0, its own: 32, TinyImageNet 64)")
     parser.add_argument("--pixels", choices=["auto", "raw", "normalised"], default="auto",
                         help="what distilled:PATH holds, if its files do not say: raw pixels in [0, 1], to be "
                              "normalised, or normalised ones (default: auto, told by their deviation)")
@@ -1215,6 +1229,8 @@ def parse(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                         help="torch.compile pre-training and encoding; auto: where it pays (default: auto)")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="bit-identical results on a GPU too, slower (on a CPU they always are)")
     parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
     args = parser.parse_args(argv)
     table = TABLES.get(args.table, {})
@@ -1237,7 +1253,7 @@ def main(argv=None):
                                    ("--image-size", args.image_size or 8, 8)):
             if value < least:
                 raise InputError(f"{flag} {value} must be at least {least}")
-        device = join_ranks(pick_device(args.device))
+        device = join_ranks(pick_device(args.device, args.deterministic))
         with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
             there = [run for run in args.runs if (run / "distilled.pt").exists()]
             for run in (run for run in args.runs if run not in there):

@@ -35,9 +35,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import models
-from data import (Checkpoint, Log, denormalize, duration, fingerprint, hold, load, load_dataset, normalize, read_json,
-                  require_space, save, save_json, two_views, write_file)
-from models import (ConvNet, InputError, average_over_ranks, build, compile_if_it_pays, first_line, flat_parameters,
+from data import (Checkpoint, Log, denormalize, duration, fingerprint, free_memory, hold, load, load_dataset, normalize,
+                  read_json, require_memory, require_space, save, save_json, two_views, write_file)
+from models import (ConvNet, InputError, activation_bytes, average_over_ranks, build, compile_if_it_pays, first_line, flat_parameters,
                     from_rank_0, functional, generator, join_ranks, leave_ranks, pick_device, rank, rank_0_first, ranks,
                     rows_of_all_ranks, seconds_a_call, self_supervised_loss, stream, wait_for_ranks)
 
@@ -319,7 +319,7 @@ def clip_per_image(grad, medians, step, factor):
     """
     norms = grad.flatten(1).norm(dim=1)                                                                        # [n]
     medians[step % len(medians)] = torch.where(norms > 0, norms, torch.nan).nanmedian()    # 0: not in any mini-batch
-    limit = factor * medians.nanmedian()
+    limit = (factor * medians.nanmedian()).nan_to_num(torch.inf)                 # no image has had a gradient yet: none
     scale = (limit / norms.clamp(min=1e-30)).clamp(max=1)
     return grad * scale.view(-1, *[1] * (grad.dim() - 1)), (scale < 1).sum()
 
@@ -383,6 +383,7 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
         # Whether all is well is decided on the device: the host does not wait, and a bad update is never made.
         norm = grad_images.norm() + grad_lr.abs()
         good = (broken[0] < 0) & loss.isfinite() & norm.isfinite() & new["lr"].isfinite() & (new["lr"] > 0)
+        good &= new["images"].isfinite().all()
         found = torch.stack([torch.full_like(loss, s), loss, norm, new["lr"]])
         broken = torch.where(good | (broken[0] >= 0), broken, found)
         for name, value in new.items():
@@ -530,12 +531,21 @@ class Run:
                     if stage != "eval" and SETTINGS.get(k, ("",))[0] == "eval"}
             config["settings"] = {"dataset": self.dataset_name, "seed": self.seed, **self.settings, **kept}
             config["versions"] = {"torch": torch.__version__, "device": str(self.device), "ranks": ranks(),
-                                  "threads": torch.get_num_threads()}
+                                  "threads": torch.get_num_threads(),
+                                  "deterministic": torch.are_deterministic_algorithms_enabled()}
             save_json(folder / "config.json", config)
 
     def config(self, folder):
         """The content of a folder's config.json; empty if there is none."""
         return read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+
+    def require_step_memory(self, stage, model, images, lower, beside=0):
+        """Refuses a stage whose step on so many images cannot fit into memory: what the layers of `model` put out is
+        kept for the way back, `beside` that many bytes. lower: the flags that would make it less."""
+        model.eval()                                                            # a train mode would count the image
+        one = activation_bytes(model, self.dataset.batch(self.dataset.train_images[:1]))
+        model.train()
+        require_memory(self.device, images * one + beside, f"{stage}: a step", lower)
 
     def speed_up(self, stage):
         """A function speed_up(f, example, steps) that times f, says what the stage will take, and compiles f if that
@@ -572,6 +582,8 @@ def teacher_stage(run):
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
     model = torch.nn.Sequential(encoder, head).to(run.device).to(memory_format=torch.channels_last)
     bf16, speed_up = use_bf16(s, run.device), run.speed_up("teacher")
+    views = 2 * min(s["teacher_batch"], len(data.train_images)) // ranks()
+    run.require_step_memory("teacher", encoder, views / 2 if bf16 else views, "--teacher-batch")
     if ranks() > 1 and run.device.type == "cuda":               # torch has it for GPUs only: on CPUs each rank's own
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         speed_up = lambda f, *rest, **options: f                # and cannot compile it into one graph
@@ -625,8 +637,8 @@ def read_representations(path, n):
     if Path(path).suffix == ".npy":
         try:
             z = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.float32))
-        except (OSError, ValueError, EOFError) as error:
-            raise InputError(f"{path} is not a readable .npy file of numbers ({error})") from error
+        except Exception as error:                             # numpy's parser of the header has a family of its own
+            raise InputError(f"{path} is not a readable .npy file of numbers ({first_line(error)})") from error
     else:
         z = load(path)
         if not torch.is_tensor(z):
@@ -655,6 +667,7 @@ def experts_stage(run):
     print(f"experts: {len(missing)} of {epochs} epochs, {len(missing) * (epochs + 1) * P * 4 / 1e6:.0f} MB on disk",
           flush=True)
     require_space(folder, len(missing) * (epochs + 1) * P * 4, "experts: the trajectories")
+    run.require_step_memory("experts", model, min(size, len(z)), "--expert-batch")
     theta = flat_parameters(model)
     step = sgd_step(kd_loss(f), s["expert_momentum"], s["expert_decay"])
     example = theta, torch.zeros_like(theta), data.batch(data.train_images[:size]), z[:size], s["expert_lr"]
@@ -736,6 +749,8 @@ def distill_stage(run):
           f"{images.numel() * 4 / 1e6:.0f} MB every 1,000 iterations", flush=True)
     require_space(folder, (5 + s["iterations"] // 1000) * images.numel() * 4, "distill: the distilled sets")
     speed_up, size = run.speed_up("distill"), min(s["syn_batch"], len(images))
+    run.require_step_memory("distill", model, 2 * size, "--syn-batch or --syn-steps",          # there and back, twice
+                            beside=4 * (s["syn_steps"] * trajectories[0].shape[1] + 4 * images.numel()))
     theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
     gradient = speed_up(inner_gradient(kd_loss(f)), (theta, images[:size], z_syn[:size]), steps, name="gradient")
     adjoint = speed_up(inner_adjoint(kd_loss(f)), (theta, images[:size], z_syn[:size], theta.clone()), steps,
@@ -810,14 +825,6 @@ def measure(f, example, backward=False, calls=3):
         return seconds, torch.cuda.max_memory_allocated(device)
     peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
     return seconds, 1024 * int(peak.group(1)) if peak else math.nan
-
-
-def free_memory(device):
-    """Bytes of memory that are free: of the GPU, or of the machine (infinitely many where it does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    about = Path("/proc/meminfo")
-    return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", about.read_text()).group(1)) if about.exists() else math.inf
 
 
 def steps_to_time(run, z):
@@ -1022,6 +1029,8 @@ def parse(argv):
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                         help="torch.compile the steps; auto: where it pays")
+    parser.add_argument("--deterministic", action="store_true",
+                        help="bit-identical runs on a GPU too, slower (on a CPU they always are)")
     parser.add_argument("--force", action="store_true", help="make again what was made with other settings")
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0, help="minutes between checkpoints")
     parser.add_argument("--log-seconds", type=float, default=10.0, help="seconds between progress lines")
@@ -1042,7 +1051,7 @@ def main(argv=None):
     name = args.stage
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch")         # torch's own, of its own parts
     try:
-        device = join_ranks(pick_device(args.device))
+        device = join_ranks(pick_device(args.device, args.deterministic))
         with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
             settings = resolve(args.dataset, given)
             check_settings(settings)

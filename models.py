@@ -223,6 +223,19 @@ def flat_parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+def activation_bytes(model, x):
+    """Bytes of what the layers of `model` put out for the images x [B, 3, H, W], float32: what a gradient keeps."""
+    sizes, leaves = [], [m for m in model.modules() if not list(m.children())]
+    hooks = [m.register_forward_hook(lambda m, x, out: sizes.append(4 * out.numel())) for m in leaves]
+    try:
+        with torch.no_grad():
+            model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return sum(sizes)
+
+
 def functional(model):
     """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
 
@@ -277,8 +290,16 @@ def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=
 # ------------------------------------------------------------------------------------------------------------
 # Devices and processes: alone, or as one of the ranks that torchrun starts
 # ------------------------------------------------------------------------------------------------------------
-def pick_device(name):
-    """The torch.device called `name`; "auto" is the GPU if there is one. Raises InputError if it cannot be used."""
+def pick_device(name, deterministic=False):
+    """The torch.device called `name`; "auto" is the GPU if there is one. Raises InputError if it cannot be used.
+
+    deterministic: from here on torch computes the same sums in the same order in every run, which costs time on a GPU;
+    an operation that it cannot do so is named by a warning. (On a CPU it always does.)
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # cuBLAS asks for it, before it starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":                                                         # torchrun: a GPU for each process
