@@ -703,6 +703,111 @@ def test_distillation_stops_with_a_reason(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Theorem 4.1 and Proposition D.1: by autograd and simulation
+# ------------------------------------------------------------------------------------------------------------
+def supervised_loss(W, x, y):
+    """L_SL of Theorem 4.1 on a batch x [B, d] with one-hot targets y [B, K]."""
+    return (x @ W.T - y).square().sum(dim=1).mean()
+
+
+def spectral_loss(W, x1, x2, x, itself):
+    """L_SSL of Theorem 4.1: views x1, x2 [B, d] of the batch, which stands in the second term as x; with i = j or not."""
+    squares = (x @ W.T @ W @ x.T).square()                                                                  # [B, B]
+    second = squares.mean() if itself else (squares.sum() - squares.trace()) / (len(x) * (len(x) - 1))
+    return -2 * ((x1 @ W.T) * (x2 @ W.T)).sum(dim=1).mean() + second
+
+
+def gradients(loss, W, *batches):
+    """The gradient in W for each of many batches, [n, *W.shape]."""
+    return torch.func.vmap(torch.func.grad(loss), (None, *(None if isinstance(b, bool) else 0 for b in batches)))(W, *batches)
+
+
+def variance(g):
+    """(E ||g - E g||^2, half the width of its 99.9% confidence interval) from samples g [n, ...]."""
+    q = (g - g.mean(dim=0)).square().flatten(1).sum(dim=1) * len(g) / (len(g) - 1)
+    return float(q.mean()), 3.29 * float(q.std()) / len(q) ** 0.5
+
+
+def sparse_coding_batches(n, d, noise, rng):
+    """n batches of two of the theorem's data: (x, one-hot y), [n, 2, d]; the noise has variance `noise`."""
+    y = torch.eye(d, dtype=torch.float64)[torch.randint(2, (n, 2), generator=rng)]
+    return y + noise**0.5 * torch.randn(n, 2, d, generator=rng, dtype=torch.float64), y
+
+
+@pytest.mark.parametrize("noise", [1e-4, 0.01, 0.1, 1.0])
+def test_theorem_4_1(noise, d=10, n=20000):
+    rng = torch.Generator().manual_seed(0)
+    (x, y), W = sparse_coding_batches(n, d, noise, rng), torch.eye(d, dtype=torch.float64)
+    supervised, error = variance(gradients(supervised_loss, W, x, y))
+    # g = sum of e x^T over the two, e the noise of x: 2 (E |e|^2 |x|^2 - |E e x^T|^2)
+    assert abs(supervised - 2 * (d * noise + noise**2 * (d * d + d))) < error
+    print(f"\nnoise {noise:g}: SL {supervised:.4g} +- {error:.2g}", end="")
+    for itself in (True, False):
+        for augmentation in (0.0, 1.0):          # 0: what many views tend to, since the first term is bilinear in them
+            x1, x2 = (x + augmentation * torch.randn(x.shape, generator=rng, dtype=torch.float64) for _ in range(2))
+            contrastive, wide = variance(gradients(spectral_loss, W, x1, x2, x, itself))
+            assert contrastive - wide > supervised + error, (noise, itself, augmentation)
+            print(f"; SSL{'' if itself else ', i != j'}{', finite noise' * bool(augmentation)} {contrastive:.4g} +- "
+                  f"{wide:.2g}", end="")
+
+
+def test_steps_of_the_printed_proofs():
+    """The limit of the gradient is as printed; four other steps are not. README has the numbers."""
+    rng, d, I = torch.Generator().manual_seed(0), 4, torch.eye(4, dtype=torch.float64)
+    x, y = sparse_coding_batches(200_000, d, 0.04, rng)
+    M = (x[..., None] * x[..., None, :]).mean(dim=1)
+    assert relative(gradients(spectral_loss, I, x, x, x, True), -4 * M + 4 * M @ M) < 1e-12             # as printed
+    # (20) - (27): E of the supervised gradient is 2 (mu mu^T - e mu^T) = 0; the term E[noise noise^T] is missing.
+    assert torch.allclose(gradients(supervised_loss, I, x, y).mean(dim=0), 2 * 0.04 * I, atol=2e-3)
+    # (47): for one example of each class -2 - 2 + 2 + 2 = 0 on the classes' diagonal; without noise it is -1.
+    mixed = I[None, :2]
+    assert torch.allclose(gradients(spectral_loss, I, mixed, mixed, mixed, True)[0], -torch.diag(I[0] + I[1]))
+    # "As m -> infinity, M = M~": the covariance of m views with noise N(0, I) exceeds that of their means by I.
+    views = I[:2, None] + torch.randn(2, 100_000, d, generator=rng, dtype=torch.float64)               # [B, m, d]
+    means = views.mean(dim=1)
+    M, M_tilde = torch.einsum("bmi,bmj->ij", views, views) / 200_000, means.T @ means / 2
+    assert torch.allclose(M - M_tilde, I, atol=0.02)
+    # D.1: the gradient is -4 theta M + 4 theta M' theta^T theta M' with M of the views and M' of their means; the loss
+    # has them the other way round.
+    theta, few = torch.randn(3, d, generator=rng, dtype=torch.float64), views[:, :5]
+
+    def whole(theta):                            # first term over the views of an image, second over all pairs of views
+        f = few @ theta.T
+        flat = f.flatten(0, 1)
+        return -2 * torch.einsum("bmk,bnk->", f, f) / (2 * 25) + (flat @ flat.T).square().mean()
+    M, means = torch.einsum("bmi,bmj->ij", few, few) / 10, few.mean(dim=1)
+    M_tilde, g = means.T @ means / 2, torch.func.grad(whole)(theta)
+    assert relative(-4 * theta @ M_tilde + 4 * theta @ M @ theta.T @ theta @ M, g) < 1e-12
+    assert relative(-4 * theta @ M + 4 * theta @ M_tilde @ theta.T @ theta @ M_tilde, g) > 0.1
+
+
+def test_proposition_d_1(K=5, d=8, n=40, size=8, rate=0.01):
+    """One epoch of synchronous parallel SGD over 200 random partitions of a fixed data set."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % K
+    x = F.one_hot(labels, d).double() + torch.randn(n, d, generator=rng, dtype=torch.float64)
+    views = [x + torch.randn(n, d, generator=rng, dtype=torch.float64) for _ in range(2)]       # fixed: P alone varies
+    theta = torch.randn(K, d, generator=rng, dtype=torch.float64)
+    losses = {
+        "mse": (lambda theta, x, y, a, b: supervised_loss(theta, x, torch.eye(K).double()[y])),
+        "cross-entropy": (lambda theta, x, y, a, b: F.cross_entropy(x @ theta.T, y)),
+        "limit": (lambda theta, x, y, a, b: spectral_loss(theta, x, x, x, False)),
+        "limit, i = j": (lambda theta, x, y, a, b: spectral_loss(theta, x, x, x, True)),
+        "views": (lambda theta, x, y, a, b: spectral_loss(theta, a, b, a, False)),
+        "views, i = j": (lambda theta, x, y, a, b: spectral_loss(theta, a, b, a, True))}
+    for name, loss in losses.items():
+        for batch in (size, n):                                                # n: a single partition, nothing can vary
+            parts = torch.stack([torch.randperm(n, generator=rng) for _ in range(200)]).view(-1, batch)
+            g = gradients(loss, theta, *(values[parts] for values in (x, labels, *views)))
+            spread, error = variance(theta - rate * g.view(200, -1, *theta.shape).sum(dim=1))
+            if name in ("mse", "cross-entropy") or batch == n:
+                assert spread < 1e-24, name
+            else:
+                assert spread - error > 1e-3, name
+            print(f"\n{name}, batches of {batch}: {spread:.3g} +- {error:.1g}", end="")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Evaluation
 # ------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("scale", [1.0, 100.0])
