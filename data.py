@@ -899,33 +899,46 @@ def adjust_hue(images, shift):
 JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
-def two_views(images, seed, scale=(0.08, 1.0), jitter=(0.4, 0.4, 0.4, 0.1), gray=0.2):
-    """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1.
+def two_views(images, seed, scale=(0.08, 1.0), gray=0.2, part=(0, 1)):
+    """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1, for uint8 images [B, 3, H, W].
 
-    images: uint8 [B, 3, H, W]; seed: fixes the draw. Random resized crop (share of the area in `scale`), horizontal
-    flip (p 0.5), colour jitter of brightness, contrast, saturation and hue (p 0.8), grey (p `gray`), as in the recipe
-    of appendix A.1. Every image has its own parameters; only the order of the colour operations is drawn once a view.
-    Returns two float tensors in [0, 1], not normalised.
+    part: (r, R) if the images are rows r, r + R, ... of a larger batch, the views of which they then get. The rest as
+    in `draw_augmentations`. Returns two float tensors in [0, 1], not normalised.
     """
-    rng, orders = torch.Generator(images.device).manual_seed(seed), random.Random(seed)
+    r, R = part
+    views = draw_augmentations(len(images) * R, images.shape[-1], seed, images.device, scale, gray, slice(r, None, R))
     images = images.float() / 255
-    return tuple(_view(images, rng, orders.sample(range(4), 4), scale, jitter, gray) for _ in range(2))
+    return tuple(augment(images) for augment in views)
 
 
-def _view(images, rng, order, scale, jitter, gray):
-    n, size = len(images), images.shape[-1]
+def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), gray=0.2, rows=slice(None)):
+    """Two draws from A of Eq. 1 for a batch of n images, as functions of the images [n, 3, size, size] in [0, 1].
 
+    Random resized crop (share of the area in `scale`), horizontal flip (p 0.5), colour jitter of brightness, contrast,
+    saturation (by up to 0.4) and hue (0.1, p 0.8), grey (p `gray`), as in the recipe of appendix A.1. Every image has
+    its own parameters, which `seed` fixes; only the order of the colour operations is drawn once a view. rows: those
+    images of the batch that the functions will get. They are differentiable, and the same whenever they are called.
+    """
+    rng, orders = torch.Generator(device).manual_seed(seed), random.Random(seed)
+    return tuple(_draw_augmentation(n, size, rng, orders.sample(range(4), 4), scale, gray, rows) for _ in range(2))
+
+
+def _draw_augmentation(n, size, rng, order, scale, gray, rows):
     def chance(p):
         return torch.rand(n, device=rng.device, generator=rng) < p
 
-    images = resized_crop(images, *random_crops(n, size, scale, rng), size, flip=chance(0.5))
-    jittered = chance(0.8)
-    spread = torch.tensor(jitter)[:, None].to(rng.device, non_blocking=True)
+    box, flip, jittered = random_crops(n, size, scale, rng), chance(0.5), chance(0.8)
+    spread = torch.tensor([0.4, 0.4, 0.4, 0.1])[:, None].to(rng.device, non_blocking=True)
     amount = (torch.rand(4, n, device=rng.device, generator=rng) * 2 - 1) * spread * jittered    # 0: left as it is
-    for i in order:
-        neutral = 0 if JITTERS[i] is adjust_hue else 1                     # hue is a shift, the others are factors
-        images = JITTERS[i](images, neutral + amount[i].view(n, 1, 1, 1))
-    return torch.where(chance(gray).view(n, 1, 1, 1), grayscale(images), images)
+    grey = chance(gray)
+
+    def augment(images):
+        images = resized_crop(images, *(edge[rows] for edge in box), size, flip[rows])
+        for i in order:
+            neutral = 0 if JITTERS[i] is adjust_hue else 1                 # hue is a shift, the others are factors
+            images = JITTERS[i](images, neutral + amount[i, rows].view(-1, 1, 1, 1))
+        return torch.where(grey[rows].view(-1, 1, 1, 1), grayscale(images), images)
+    return augment
 
 
 def shift_and_flip(images, seed, most=4):

@@ -678,60 +678,36 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
             source.own["krr_st"] = distil_krr_st(source)
     task_data = {t: fingerprint(task.train_images, task.train_labels, task.test_images, task.test_labels)
                  for t, task in tasks.items()}
-    records, clock = read_results(run_dir, source, made_from, task_data), Clock(device)
-    log = Log(None if rank() else run_dir / "log.jsonl")
+    results = Results(source, protocol, stratified, made_from, rivals, task_data, reference, skipped)
+    clock, log = Clock(device), Log(None if rank() else run_dir / "log.jsonl")
     judge = functools.partial(linear_scores if protocol == "linear" else finetuned_scores, stratified=stratified,
                               clock=clock)
-
-    def record(name, kind, task, percent):
-        return find(records, {"pretraining": name, "task": task, "labels_percent": percent, "stratified": stratified,
-                              "encoder": kind, "protocol": protocol},
-                    {"distilled_percent": source.distilled["percent"], "lr": None, "made_from": made_from[name],
-                     "made_with": rivals, "task_data": task_data[task]})
-
-    def keep(scores):
-        for *row, seed, lr, accuracy, mse in scores:
-            record(*row)["lr"], record(*row)["scores"][seed] = lr, (accuracy, mse)
-        if rank() == 0:
-            write_results(run_dir, records, source, reference, skipped)
-
     for kind in encoders:
-        todo = []                                              # (set, seed, {task: labelled shares that it lacks})
-        for seed in dict.fromkeys(seeds):
-            for name in sets:
-                lacks = {t: [p for p in shares[t] if seed not in record(name, kind, t, p)["scores"]] for t in tasks}
-                lacks = {t: missing for t, missing in lacks.items() if missing}
-                if lacks or (save_encoder and not encoder_file(save_encoder, name, seed, kind).exists()):
-                    todo.append((name, seed, lacks))
-        todo = from_rank_0(todo)
+        todo = [(name, seed, results.lacks(name, kind, seed, shares)) for seed in dict.fromkeys(seeds) for name in sets]
+        todo = from_rank_0([(name, seed, lacks) for name, seed, lacks in todo if lacks or (
+            save_encoder and not encoder_file(save_encoder, name, seed, kind).exists())])
         student = speed_up(kind, source, tasks, shares, [name for name, _, _ in todo], protocol, compile)
         log.start()
         for done in range(0, len(todo), ranks()):
             scores, failed = [], None
             for name, seed, lacks in todo[done + rank():][:1]:             # this rank's part of the round, if any
-                try:
-                    for t, lr, accuracies, mse in cell(student, source, tasks, lacks, name, seed, judge, save_encoder,
-                                                       clock):
-                        scores += [(name, kind, t, p, seed, lr, a, mse) for p, a in zip(lacks[t], accuracies)]
-                        if ranks() == 1:                                   # kept task by task
-                            keep(scores)
-                except Diverged as error:                                  # it costs the set its own cells
-                    failed = f"{name}, seed {seed}", str(error)
+                scores, failed = score(student, source, tasks, lacks, name, seed, judge, save_encoder, clock,
+                                       results.keep if ranks() == 1 else lambda scores: None)
             found = gather_from_ranks((scores, failed))
             for what, why in (failure for _, failure in found if failure):
                 skipped[what] = why
                 print(f"eval: {what} is left out: {why}", flush=True)
             if ranks() > 1:
-                keep([score for part, _ in found for score in part])
+                results.keep([score for part, _ in found for score in part])
             if rank() == 0 and (log.due() or done + ranks() >= len(todo)):
-                log("eval", min(done + ranks(), len(todo)), len(todo), unit="set", set=todo[done][0],
-                    seed=todo[done][1], **{f"{t} {p:g}%": a for _, _, t, p, _, _, a, _ in scores})
-    keep([])
+                log("eval", min(done + ranks(), len(todo)), len(todo), unit="set", set=name, seed=seed,
+                    **{f"{t} {p:g}%": a for _, _, t, p, _, _, a, _ in scores})
+    results.keep([])
     wait_for_ranks()                                                       # until rank 0 has written the results
     if any(clock.seconds.values()):
         print("eval: " + ", ".join(f"{part} {duration(s)}" for part, s in clock.seconds.items()), flush=True)
         log.write({"stage": "eval", "seconds": clock.seconds})
-    return [r for r in records if r["scores"]]
+    return [r for r in results.records if r["scores"]]
 
 
 @dataclass
@@ -786,6 +762,19 @@ def count_steps(name, source):
     if chosen is None or chosen.targets is None:
         return 0
     return s["pretrain_epochs"] * math.ceil(len(chosen.images) / s["pretrain_batch"])
+
+
+def score(student, source, tasks, wanted, name, seed, judge, save_encoder, clock, keep):
+    """([(set, encoder, task, share, seed, rate, accuracy, mse), ...], None or (what, why) it diverged) of a set and
+    seed; keep(scores) is called task by task. Divergence costs a set its own cells only."""
+    scores = []
+    try:
+        for t, lr, accuracies, mse in cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock):
+            scores += [(name, student.kind, t, p, seed, lr, a, mse) for p, a in zip(wanted[t], accuracies)]
+            keep(scores)
+    except Diverged as error:
+        return scores, (f"{name}, seed {seed}", str(error))
+    return scores, None
 
 
 def cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock):
@@ -860,14 +849,40 @@ def encoder_file(folder, name, seed, kind="convnet"):
 KEY = ("pretraining", "task", "labels_percent", "stratified", "encoder", "protocol")
 
 
-def find(records, key, about):
-    """The record of row and column `key`, appended to `records`, with `about`, if it is new; its "scores" are
-    {seed: (accuracy, mse)}."""
-    for record in records:
-        if all(record[k] == key[k] for k in KEY):
-            return record
-    records.append({**key, **about, "scores": {}})
-    return records[-1]
+class Results:
+    """The records of results.json, those of earlier commands included: one a row and column of a table, whose "scores"
+    are {seed: (accuracy, mse)}. What is kept is written at once."""
+
+    def __init__(self, source, protocol, stratified, made_from, made_with, task_data, reference, skipped):
+        """made_from, task_data: what each set and each task depend on; the rest as in `evaluate` and `tables`."""
+        self.source, self.protocol, self.stratified, self.reference = source, protocol, stratified, reference
+        self.made_from, self.made_with, self.task_data, self.skipped = made_from, made_with, task_data, skipped
+        self.records = read_results(source.run_dir, source, made_from, task_data)
+
+    def record(self, name, kind, task, percent):
+        """The record of a set, encoder, task and share of labels; a new one if there is none."""
+        key = dict(zip(KEY, (name, task, percent, self.stratified, kind, self.protocol)))
+        for record in self.records:
+            if all(record[k] == key[k] for k in KEY):
+                return record
+        self.records.append({**key, "distilled_percent": self.source.distilled["percent"], "lr": None,
+                             "made_from": self.made_from[name], "made_with": self.made_with,
+                             "task_data": self.task_data[task], "scores": {}})
+        return self.records[-1]
+
+    def lacks(self, name, kind, seed, shares):
+        """{task: the shares of its labels for which a set has no score with this seed}."""
+        missing = {t: [p for p in percents if seed not in self.record(name, kind, t, p)["scores"]]
+                   for t, percents in shares.items()}
+        return {t: percents for t, percents in missing.items() if percents}
+
+    def keep(self, scores):
+        """Adds scores, (set, encoder, task, share, seed, rate, accuracy, mse) each, and writes all that is known."""
+        for *row, seed, lr, accuracy, mse in scores:
+            record = self.record(*row)
+            record["lr"], record["scores"][seed] = lr, (accuracy, mse)
+        if rank() == 0:
+            write_results(self.source.run_dir, self.records, self.source, self.reference, self.skipped)
 
 
 def read_results(run_dir, source, made_from, task_data):

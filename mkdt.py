@@ -153,9 +153,9 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
 
     def views(step):
         epoch, i = divmod(step, per_epoch)
-        batch = images[order(epoch)[i * batch_size:(i + 1) * batch_size]]
-        pair = two_views(batch, stream(seed, "teacher views", step), (crop_scale, 1.0), gray=gray)
-        return torch.cat([normalize(v[rank()::ranks()], dataset.mean, dataset.std) for v in pair]).contiguous(
+        batch = images[order(epoch)[i * batch_size:(i + 1) * batch_size][rank()::ranks()]]       # this rank's part
+        pair = two_views(batch, stream(seed, "teacher views", step), (crop_scale, 1.0), gray, (rank(), ranks()))
+        return torch.cat([normalize(v, dataset.mean, dataset.std) for v in pair]).contiguous(
             memory_format=torch.channels_last)
 
     precision = torch.autocast(images.device.type, torch.bfloat16, enabled=bf16)
@@ -394,15 +394,10 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
         show = log.due() or last
         if show or milestone or checkpoint.due():                    # only here does the host wait for the device
             if rank() == 0 and broken[0] >= 0:
-                at, value, norm, new_lr = broken.tolist()
-                checkpoint.save(int(at), **state)
-                snapshot(int(at), images, lr)
-                starts = ", ".join(f"expert {i} from epoch {t}" for i, t, _ in draw(int(at)))
-                raise InputError(
-                    f"distill: iteration {at:.0f} is not usable: loss {value:.3g}, gradient norm {norm:.3g}, new rate "
-                    f"{new_lr:.3g}, old {lr.item():.3g}, {starts}. The state before it is saved. Lower --pixel-lr "
-                    f"{pixel_lr:g}, --syn-lr-lr {syn_lr_lr:g} or --syn-lr {syn_lr:g}, or give a smaller --clip (now "
-                    f"{clip:g}; 0 is none), with --force")
+                at = int(broken[0])
+                checkpoint.save(at, **state)
+                snapshot(at, images, lr)
+                raise not_usable(broken.tolist(), lr.item(), draw(at), pixel_lr, syn_lr, syn_lr_lr, clip)
             means = torch.stack(recent).mean(dim=0).tolist()
             if show:
                 log("distill", s + 1, iterations, loss=means[0], lr=lr.item(),
@@ -414,6 +409,16 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
             if checkpoint.due() or last:                             # kept at the end, so that it can be extended
                 checkpoint.save(s + 1, **state)
     return images, lr, max(first, iterations)
+
+
+def not_usable(broken, lr, trajectories, pixel_lr, syn_lr, syn_lr_lr, clip):
+    """The InputError for an iteration of `distill` that was not applied: [its number, loss, gradient norm, new rate]."""
+    at, loss, norm, new_lr = broken
+    starts = ", ".join(f"expert {i} from epoch {t}" for i, t, _ in trajectories)
+    return InputError(
+        f"distill: iteration {at:.0f} is not usable: loss {loss:.3g}, gradient norm {norm:.3g}, new rate {new_lr:.3g}, "
+        f"old {lr:.3g}, {starts}. The state before it is saved. Lower --pixel-lr {pixel_lr:g}, --syn-lr-lr "
+        f"{syn_lr_lr:g} or --syn-lr {syn_lr:g}, or give a smaller --clip (now {clip:g}; 0 is none), with --force")
 
 
 def finite(tensor, what, remedy):
@@ -912,10 +917,13 @@ def compare_gradients(run, z, gradient, adjoint):
 
 def bench_stage(run):
     """Runs a few warm steps of every stage, prints what the whole run will take, and writes SET/bench.json."""
-    s, n, d = run.settings, len(run.dataset.train_images), 8 * run.settings["teacher_width"]
-    z = torch.randn(n, d, device=run.device)
-    rows, made = [], {}
+    s, n = run.settings, len(run.dataset.train_images)
+    given = run.representations_file and read_representations(run.representations_file, n)
+    z = torch.randn(n, 8 * s["teacher_width"], device=run.device) if given is None else given.to(run.device)
+    d, rows, made = z.shape[1], [], {}
     for name, f, example, flops, images, calls, backward, may_compile in steps_to_time(run, z):
+        if given is not None and name.startswith("teacher"):
+            continue
         mode = run.compile if may_compile else "off"
         made[name], compiled, _ = compile_if_it_pays(f, example, calls, mode, backward)
         seconds, peak = measure(made[name], example, backward)

@@ -165,6 +165,8 @@ def test_two_views_are_independent_and_reproducible(pictures):
     a, b = data.two_views(images, 7)
     assert a.shape == images.shape and a.min() >= 0 and a.max() <= 1 and not torch.equal(a, b)
     assert torch.equal(a, data.two_views(images, 7)[0]) and not torch.equal(a, data.two_views(images, 8)[0])
+    part = data.two_views(images[1::2], 7, part=(1, 2))                        # as a rank draws its share of a batch
+    assert torch.allclose(part[0], a[1::2], atol=1e-6) and torch.allclose(part[1], b[1::2], atol=1e-6)
     same = data.two_views(images[:1].expand(24, -1, -1, -1), 7)[0]
     assert len({tuple(x.flatten().tolist()) for x in same}) == 24               # own parameters for every image
 
