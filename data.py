@@ -405,7 +405,7 @@ def read_npz(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except Exception as error:                                       # zip, zlib, pickle, struct: a damaged file
-        raise InputError(f"{path} is not a readable .npz ({error}): delete it to have it made again, or replace it "
+        raise InputError(f"{path} is not a readable .npz ({first_line(error)}): delete it to have it made again, or replace it "
                          "(--dataset shapes needs no file)") from error
     if "train_images" not in arrays:
         raise InputError(f"{path} has no array train_images (uint8 [N, H, W, 3])")

@@ -26,6 +26,9 @@ from torch import nn
 class InputError(ValueError):
     """Something a user can put right: a file, a flag, a value. Its message is one line and says how."""
 
+    def __init__(self, message):
+        super().__init__(" ".join(message.split()))                        # a damaged file's parts may have any name
+
 
 # ------------------------------------------------------------------------------------------------------------
 # Random numbers: each draw has a name
@@ -395,5 +398,5 @@ def rows_of_all_ranks(z):
 
 
 def first_line(error):
-    """The first line of an exception's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """The first line of an exception's message, cut at 200 characters, or its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
