@@ -20,6 +20,7 @@ import contextlib
 import copy
 import functools
 import itertools
+import json
 import math
 import re
 import statistics
@@ -429,27 +430,60 @@ def finite(tensor, what, remedy):
     return value
 
 
-def draw_picture(initial, final, mean, std, columns=16, rows=3, zoom=3):
-    """A picture of distilled images: bands of `columns` images, each row of initial ones above the same ones distilled.
-
-    initial, final: normalised [n, 3, H, W]. Returns a PIL image.
-    """
-    n = min(len(initial), columns * rows)
-    columns = min(columns, n)
-    pixels = [(denormalize(x[:n], mean, std) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-              for x in (initial, final)]
-    side, margin, gap = initial.shape[-1] * zoom, 60, 8
-    bands = math.ceil(n / columns)
-    canvas = Image.new("RGB", (margin + columns * (side + 2), bands * (2 * side + 2 + gap) + gap), "white")
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+# ------------------------------------------------------------------------------------------------------------
+def draw_picture(named, columns=16, bands=3, zoom=3):
+    """A picture (PIL) of bands of `columns` images, each with a row for every one of `named`: {name: [n, 3, H, W]}, in
+    [0, 1], the first of each below one another."""
+    n = min(len(next(iter(named.values()))), columns * bands)
+    columns, bands = min(columns, n), math.ceil(n / columns)
+    pixels = {name: (x[:n] * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy() for name, x in named.items()}
+    side, margin, gap = next(iter(named.values())).shape[-1] * zoom, 62, 8
+    height = len(named) * (side + 2) + gap
+    canvas = Image.new("RGB", (margin + columns * (side + 2), bands * height + gap), "white")
     pen = ImageDraw.Draw(canvas)
     for band in range(bands):
-        for which, name in enumerate(("initial", "distilled")):
-            top = gap + band * (2 * side + 2 + gap) + which * (side + 2)
+        for row, (name, tiles) in enumerate(pixels.items()):
+            top = gap + band * height + row * (side + 2)
             pen.text((3, top + side // 2 - 6), name, fill="black")
             for column, i in enumerate(range(band * columns, min(n, (band + 1) * columns))):
-                tile = Image.fromarray(pixels[which][i]).resize((side, side), Image.Resampling.NEAREST)
+                tile = Image.fromarray(tiles[i]).resize((side, side), Image.Resampling.NEAREST)
                 canvas.paste(tile, (margin + column * (side + 2), top))
     return canvas
+
+
+def nearest(images, real, prepare, count=4):
+    """Indices [n, count] of the real images (uint8) nearest to each of `images` in normalised pixels."""
+    distance = evaluation.encode(lambda x: torch.cdist(x.flatten(1), images.flatten(1)), real, prepare)
+    return distance.topk(count, dim=0, largest=False).indices.T
+
+
+def draw_curves(log):
+    """A figure (matplotlib) of the numbers in log.jsonl against steps, a row of panels for each stage that logs any."""
+    from matplotlib.figure import Figure
+    records = []
+    for line in log.read_text().splitlines():
+        with contextlib.suppress(ValueError):                                          # cut off by a kill
+            records.append(json.loads(line))
+    panels = [(stage, name) for stage in ("teacher", "experts", "distill") for name in dict.fromkeys(
+        k for r in records if r["stage"] == stage for k, v in r.items() if isinstance(v, (float, str)) and k not in (
+            "stage", "time", "rate", "set"))]
+    figure = Figure(figsize=(4 * min(4, len(panels)), 3 * math.ceil(len(panels) / 4)), layout="constrained")
+    for at, (stage, name) in enumerate(panels):
+        axes = figure.add_subplot(math.ceil(len(panels) / 4), min(4, len(panels)), at + 1)
+        mine = [r for r in records if r["stage"] == stage and name in r]
+        for of in dict.fromkeys(r.get("set") for r in mine):                   # one line for each distilled set
+            of_set = [r for r in mine if r.get("set") == of]
+            if isinstance(of_set[-1][name], str):                              # the last expert's loss at each epoch
+                axes.plot([float(v) for v in of_set[-1][name].split()])
+                axes.set(title=f"experts: {name.replace('_', ' ')}", xlabel="epoch")
+            else:
+                axes.plot([r["step"] for r in of_set], [r[name] for r in of_set], label=of)
+                axes.set(title=f"{stage}: {name}", xlabel="step" if stage == "teacher" else "iteration")
+        if stage == "distill" and len(axes.lines) > 1:
+            axes.legend(fontsize="small")
+    return figure
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -733,9 +767,9 @@ def init_stage(run):
 
 
 def distill_stage(run):
-    """Distils: SET/distilled.pt, its snapshots every 1,000 iterations, and distilled.png."""
+    """Distils: SET/distilled.pt, its snapshots every 1,000 iterations, and pictures."""
     s, data, folder = run.settings, run.dataset, run.set_dir
-    run.claim("distill", "distill*")
+    run.claim("distill", "distill*", "neighbours.png", "curves.png")
     result = folder / "distilled.pt"
     done = from_rank_0(load(result)["iterations"] if result.exists() else -1)
     if done >= s["iterations"]:
@@ -780,9 +814,24 @@ def distill_stage(run):
             clip=s["clip"], seed=run.seed, log=run.log, checkpoint=checkpoint, snapshot=snapshot)
     if rank():
         return
-    picture = draw_picture(images, final, data.mean, data.std)
-    write_file(folder / "distilled.png", lambda file: picture.save(file, "PNG"))
+    draw_results(run, images, final)
     write(done, final, lr, result)                                       # last: it is what marks the stage as finished
+
+
+def draw_results(run, initial, final):
+    """Writes distilled.png, neighbours.png and, where matplotlib is installed, curves.png."""
+    data = run.dataset
+    before, after = (denormalize(x, data.mean, data.std) for x in (initial, final))
+    change = (after - before + 0.5).clamp(0, 1)                                           # grey: where nothing changed
+    pictures = {"distilled.png": draw_picture({"initial": before, "distilled": after, "difference": change})}
+    found = nearest(final[:16], data.train_images, data.batch, min(4, len(data.train_images)))
+    rows = {f"nearest {k + 1}": data.train_images[column].float() / 255 for k, column in enumerate(found.T)}
+    pictures["neighbours.png"] = draw_picture({"distilled": after[:16], **rows}, bands=1)
+    for name, picture in pictures.items():
+        write_file(run.set_dir / name, lambda file: picture.save(file, "PNG"))
+    with contextlib.suppress(ImportError):
+        figure = draw_curves(run.log.path)
+        write_file(run.set_dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def eval_stage(run):

@@ -1328,8 +1328,9 @@ def test_all_stages_leave_what_readme_promises(finished):
     assert torch.equal(d["representations"], z[d["indices"]]) and z.shape == (200, 16)
     assert (d["dataset"], d["percent"], d["iterations"]) == ("shapes", 5.0, 2)
     assert data.load(run / "experts/expert_000.pt", mmap=True).shape[0] == 3
-    with Image.open(folder / "distilled.png") as image:
-        assert image.width > 500
+    for picture in ("distilled.png", "neighbours.png"):
+        with Image.open(folder / picture) as image:
+            assert image.width > 500
     records = json.loads((folder / "results.json").read_text())
     keys = {"pretraining", "task", "labels_percent", "encoder", "protocol", "distilled_percent", "lr", "seeds",
             "accuracies", "mean", "std", "mse"}
@@ -1339,6 +1340,28 @@ def test_all_stages_leave_what_readme_promises(finished):
     assert "| MKDT |" in table and "paired by seed" in table
     stages = [json.loads(line)["stage"] for line in (run / "log.jsonl").read_text().splitlines()]
     assert {"teacher", "experts", "distill"} <= set(stages)
+
+
+def test_pictures_show_what_they_say():
+    named = {"a": torch.zeros(3, 3, 4, 4), "b": torch.full((3, 3, 4, 4), 0.5), "c": torch.ones(3, 3, 4, 4)}
+    picture = np.asarray(mkdt.draw_picture(named, columns=2, zoom=2))[:, 62:]                # beside the names
+    band = 3 * (8 + 2) + 8
+    assert picture.shape == (2 * band + 8, 2 * 10, 3)
+    for k, value in enumerate((0, 128, 255)):
+        for top, left in ((0, 0), (0, 10), (band, 0)):
+            assert (picture[top + 8 + 10 * k:top + 16 + 10 * k, left:left + 8] == value).all()
+    assert (picture[band + 8:, 10:] == 255).all()                                            # the fourth is not there
+    real = torch.arange(5, dtype=torch.uint8)[:, None, None, None].expand(-1, 3, 2, 2)
+    found = mkdt.nearest(torch.tensor([0.1, 3.4])[:, None, None, None].expand(-1, 3, 2, 2), real, lambda x: x.float(), 3)
+    assert found.tolist() == [[0, 1, 2], [3, 4, 2]]
+
+
+def test_curves_are_drawn_from_the_log(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    log = tmp_path / "log.jsonl"
+    log.write_text((finished / "run/log.jsonl").read_text() + '{"stage": "tea')
+    titles = [axes.get_title() for axes in mkdt.draw_curves(log).axes]
+    assert {"teacher: loss", "experts: loss per epoch", "distill: loss", "distill: lr"} <= set(titles)
 
 
 def test_nothing_finished_is_run_again(finished):
