@@ -245,8 +245,8 @@ def require_memory(device, size, what, lower):
     """Raises InputError if less than `size` bytes of memory are free. lower: the flags that would make it less."""
     free = free_memory(device)
     if free < size:
-        raise InputError(f"{what} needs at least {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on {device}: "
-                         f"lower {lower}")
+        raise InputError(f"{what} needs at least {size / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free on "
+                         f"{device}: lower {lower}")
 
 
 class Log:
@@ -405,8 +405,8 @@ def read_npz(path):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist") from None
     except Exception as error:                                       # zip, zlib, pickle, struct: a damaged file
-        raise InputError(f"{path} is not a readable .npz ({first_line(error)}): delete it to have it made again, or replace it "
-                         "(--dataset shapes needs no file)") from error
+        raise InputError(f"{path} is not a readable .npz ({first_line(error)}): delete it to have it made again, or "
+                         "replace it (--dataset shapes needs no file)") from error
     if "train_images" not in arrays:
         raise InputError(f"{path} has no array train_images (uint8 [N, H, W, 3])")
     train = arrays["train_images"]

@@ -38,9 +38,10 @@ import eval as evaluation
 import models
 from data import (Checkpoint, Log, denormalize, duration, fingerprint, free_memory, hold, load, load_dataset, normalize,
                   read_json, require_memory, require_space, save, save_json, two_views, write_file)
-from models import (ConvNet, InputError, activation_bytes, average_over_ranks, build, compile_if_it_pays, first_line, flat_parameters,
-                    from_rank_0, functional, generator, join_ranks, leave_ranks, pick_device, rank, rank_0_first, ranks,
-                    rows_of_all_ranks, seconds_a_call, self_supervised_loss, stream, wait_for_ranks)
+from models import (ConvNet, InputError, activation_bytes, average_over_ranks, build, compile_if_it_pays, first_line,
+                    flat_parameters, from_rank_0, functional, generator, join_ranks, leave_ranks, pick_device, rank,
+                    rank_0_first, ranks, rows_of_all_ranks, seconds_a_call, self_supervised_loss, stream,
+                    wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -413,7 +414,7 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
 
 
 def not_usable(broken, lr, trajectories, pixel_lr, syn_lr, syn_lr_lr, clip):
-    """The InputError for an iteration of `distill` that was not applied: [its number, loss, gradient norm, new rate]."""
+    """The InputError for an iteration of `distill` that is not applied: its [number, loss, gradient norm, new rate]."""
     at, loss, norm, new_lr = broken
     starts = ", ".join(f"expert {i} from epoch {t}" for i, t, _ in trajectories)
     return InputError(

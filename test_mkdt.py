@@ -670,8 +670,8 @@ def run_distill(tmp_path, iterations, seed=0, name="a", **changes):
     real, z_real = torch.randn(40, 3, 8, 8, generator=g), torch.randn(40, 4, generator=g)
     step = mkdt.sgd_step(loss, 0.9, 0.0)
     trajectory = mkdt.train_expert(step, theta, real, z_real, lambda x: x, 4, 0.05, 8, seed=0)
-    settings = dict(trajectories=1, syn_steps=6, match_epochs=2, max_start_epoch=2, pixel_lr=3.0, syn_lr=0.1, syn_lr_lr=1e-3,
-                    momentum=0.5, batch_size=8, clip=0.0)
+    settings = dict(trajectories=1, syn_steps=6, match_epochs=2, max_start_epoch=2, pixel_lr=3.0, syn_lr=0.1,
+                    syn_lr_lr=1e-3, momentum=0.5, batch_size=8, clip=0.0)
     return mkdt.distill(mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), lambda i: trajectory, 1, images, z,
                         iterations, **{**settings, **changes}, seed=seed, log=data.Log(tmp_path / f"{name}.jsonl", 0),
                         checkpoint=data.Checkpoint(tmp_path / f"{name}.pt", changes.pop("minutes", 5)))
@@ -697,7 +697,7 @@ def test_distillation_stops_with_a_reason(tmp_path):
     with pytest.raises(InputError, match="new rate -") as stopped:
         run_distill(tmp_path, 50, syn_lr_lr=10.0, name="b")
     iteration = int(re.search(r"iteration (\d+)", str(stopped.value)).group(1))
-    saved = data.load(tmp_path / "b.pt")                                 # the state before the bad iteration, and nothing of it
+    saved = data.load(tmp_path / "b.pt")                      # the state before the bad iteration, and nothing of it
     images, lr, _ = run_distill(tmp_path, iteration, syn_lr_lr=10.0, name="c")
     assert saved["step"] == iteration and torch.equal(saved["images"], images) and saved["lr"] == lr > 0
     _, lr, _ = run_distill(tmp_path, 50, syn_lr_lr=10.0, name="d", clip=10.0)              # clipped, it stays positive
@@ -721,7 +721,8 @@ def spectral_loss(W, x1, x2, x, itself):
 
 def gradients(loss, W, *batches):
     """The gradient in W for each of many batches, [n, *W.shape]."""
-    return torch.func.vmap(torch.func.grad(loss), (None, *(None if isinstance(b, bool) else 0 for b in batches)))(W, *batches)
+    many = (None, *(None if isinstance(b, bool) else 0 for b in batches))
+    return torch.func.vmap(torch.func.grad(loss), many)(W, *batches)
 
 
 def variance(g):
@@ -959,7 +960,8 @@ class Hostile:
 
 @pytest.mark.parametrize("content,message", [
     ([0, 9], "indices from 0 to 9 for 4"), ([-1], "indices from -1"), ([0.5], "whole numbers"), ([1, 1], "twice"),
-    ([], "whole numbers"), ([True], "whole numbers"), (np.array([None]), "an array of type 'O8'"), ("abc", "whole numbers|not a list"), ({"x": [1]}, "'indices'"),
+    ([], "whole numbers"), ([True], "whole numbers"), (np.array([None]), "an array of type 'O8'"),
+    ("abc", "whole numbers|not a list"), ({"x": [1]}, "'indices'"),
     (Hostile(eval, "open('hacked', 'w')"), "builtins.eval"), (Hostile(np.ndarray, (1,), "O", b"12345678"), "not a list"),
     (Hostile(np.save, "hacked", [1]), "numpy.*save"), (collections.OrderedDict(), "collections.OrderedDict")])
 def test_bad_index_files_are_refused(tmp_path, monkeypatch, content, message):
@@ -1301,8 +1303,9 @@ def test_a_rank_that_fails_ends_the_run(tmp_path):
 # ------------------------------------------------------------------------------------------------------------
 # The real command line, tiny
 # ------------------------------------------------------------------------------------------------------------
-TINY = ("--train-images 200 --teacher-width 2 --teacher-epochs 1 --teacher-batch 64 --width 4 --experts 2 --percent 5 --init high_loss "
-        "--expert-epochs 2 --match-epochs 1 --max-start-epoch 1 --syn-steps 2 --iterations 2 --pretrain-epochs 1").split()
+TINY = ("--train-images 200 --teacher-width 2 --teacher-epochs 1 --teacher-batch 64 --width 4 --experts 2 --percent 5 "
+        "--init high_loss --expert-epochs 2 --match-epochs 1 --max-start-epoch 1 --syn-steps 2 --iterations 2 "
+        "--pretrain-epochs 1").split()
 
 
 @pytest.fixture(scope="module")
@@ -1391,7 +1394,8 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
     for _ in range(KILLS):
         where = ["--run-dir", str(tmp_path / "killed"), *flags]
         shutil.rmtree(tmp_path / "killed", ignore_errors=True)
-        for stage in ("teacher", "experts", "distill") if KILLS == 1 else ("teacher", "experts", "init", "distill", "eval"):
+        all_five = ("teacher", "experts", "init", "distill", "eval")
+        for stage in ("teacher", "experts", "distill") if KILLS == 1 else all_five:
             process = start(*where)
             for line in process.stdout:
                 if line.startswith(f"{stage}:"):
@@ -1539,7 +1543,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shapes = data.make_shapes(100, 20)
     Path("data").mkdir()
-    for name in ("data/cifar10.npz", "data/shapes.npz", "mine.npz"):
+    for name in ("data/cifar10.npz", "data/cifar100.npz", "data/shapes.npz", "mine.npz"):
         np.savez(name, **shapes)
     make_folder(Path("path/to/images"), count=50)
     np.save("z.npy", np.random.default_rng(0).normal(size=(100, 5)))
@@ -1887,7 +1891,8 @@ def test_a_set_that_diverges_costs_its_own_cells_only(finished, tmp_path, capsys
     ("--labels 0.001", "0 images"), ("--device tpu", "--device tpu"), ("--tasks nothing", "unknown data set"),
     ("--run-dir /no/such", "/no/such holds no distilled.pt"), ("--encoders vgg", "unknown encoder 'vgg'"),
     ("--sets subset:/no/such.pkl", "subset:/no/such.pkl"), ("--sets subset:", "unknown pre-training set"),
-    ("--sets distilled:/no/such.pt", "/no/such.pt does not exist"), ("--krr-iterations 0", "must be at least 1"), ("--image-size -3", "must be at least 8"),
+    ("--sets distilled:/no/such.pt", "/no/such.pt does not exist"), ("--krr-iterations 0", "must be at least 1"),
+    ("--image-size -3", "must be at least 8"),
     ("--labels 0.025", "all of one class"), ("--stratified --labels 0.1", "of class 0 is 0 images")])
 def test_bad_evaluation_flags_are_one_clear_line(finished, capsys, flags, message):
     argv = ["--run-dir", str(finished / "run/5pct_high_loss"), "--data-dir", str(finished / "data"), *flags.split()]
