@@ -328,10 +328,11 @@ def normalize(images, mean, std):
     return (images - mean) / std
 
 
-def denormalize(images, mean, std):
-    """The inverse of `normalize`, clipped to [0, 1]."""
+def denormalize(images, mean, std, clip=True):
+    """The inverse of `normalize`, clipped to [0, 1] unless told otherwise."""
     mean, std = per_channel(images, mean, std)
-    return (images * std + mean).clamp(0, 1)
+    images = images * std + mean
+    return images.clamp(0, 1) if clip else images
 
 
 def per_channel(images, *values):

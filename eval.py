@@ -10,7 +10,8 @@
     linear_probe    the classifier of Eq. 3: full-batch LBFGS
     finetune        the protocol of appendix B
     knn_accuracy    the monitor of the teacher
-    krr_st          a rival: kernel ridge regression on self-supervised targets (Lee et al. 2023)
+    krr_st, dm      rivals: kernel ridge regression on self-supervised targets (Lee et al. 2023), distribution matching
+                    without labels (Zhao & Bilen 2023, as in appendix F)
     evaluate        every cell of a table, kept in results.json, results.csv and results.md
 
 A cell is (set, encoder, task, labels, seed). The seed fixes the encoder's initial weights, the order of its batches
@@ -35,8 +36,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (Checkpoint, Dataset, Log, duration, fingerprint, hold, load, load_dataset, normalize, read_json, save,
-                  save_json, shift_and_flip, to_download, two_views, write_file)
+from data import (Checkpoint, Dataset, Log, denormalize, draw_augmentations, duration, fingerprint, hold, load,
+                  load_dataset, normalize, read_json, save, save_json, shift_and_flip, to_download, two_views, write_file)
 from models import (ConvNet, InputError, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
                     gather_from_ranks, generator, join_ranks, leave_ranks, pick_device, projector, rank, rank_0_first,
                     ranks, resnet10, resnet18, self_supervised_loss, stream, wait_for_ranks)
@@ -50,6 +51,7 @@ SETS = {
     "high_loss": "as many, those of the largest losses (section 4.2)",
     "initial": "the images that distillation began with",
     "krr_st": "a set distilled here by KRR-ST (Lee et al. 2023)",
+    "dm": "a set distilled here by DM without labels (Zhao & Bilen 2023, appendix F)",
     "distilled:PATH": "a distilled set: a file or folder of this project, of the authors' code, or of KRR-ST's",
     "mkdt": "the run's distilled set",
     "full": "all training images",
@@ -60,7 +62,7 @@ ENCODERS = {"convnet": ConvNet, "resnet10": lambda d, image_size, width: resnet1
 SSL = "random", "ssl"
 TASKS = ("cifar10", "tinyimagenet", "cifar100", "aircraft", "cub2011", "dogs", "flowers")        # Table 1's columns
 METHODS = {"none": "No Pre-Training", "random": "Random Subset", "random:ssl": "Random Subset (SSL)",
-           "sas": "SAS Subset", "high_loss": "High Loss Subset", "initial": "Initial Images", "krr_st": "KRR-ST",
+           "sas": "SAS Subset", "high_loss": "High Loss Subset", "initial": "Initial Images", "krr_st": "KRR-ST", "dm": "DM (no labels)",
            "mkdt_random": "MKDT (Rnd Sub)", "mkdt": "MKDT", "full": "Full Data"}                  # the tables' words
 
 
@@ -231,7 +233,7 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A rival: KRR-ST (section 2.1)
+# Rivals: KRR-ST (section 2.1), DM without labels (appendix F)
 # ------------------------------------------------------------------------------------------------------------
 def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
     """MSE of kernel ridge regression from the synthetic set to real images (Lee et al. 2023).
@@ -307,6 +309,39 @@ def krr_st(make, images, targets, real_images, real_targets, prepare, iterations
     return syn[0].detach(), syn[1].detach()
 
 
+def distribution_matching(make, images, real_images, dataset, crop_scale, gray, iterations, seed, log, checkpoint,
+                          lr=1.0, momentum=0.5, batch_size=256):
+    """Distils by DM (Zhao & Bilen 2023) without labels, as in appendix F; returns images [n, 3, H, W].
+
+    make(): a fresh encoder, a new one in every iteration. The mean features of a batch of `images` (normalised) are
+    drawn to those of as many random `real_images` (uint8) under the same augmentations (`draw_augmentations`).
+    """
+    syn, velocity = images.clone(), torch.zeros_like(images)
+    first = checkpoint.restore(images=syn, velocity=velocity)
+    log.start(first)
+    for step in range(first, iterations):
+        rng = generator(seed, "dm", "step", step)
+        chosen = torch.randperm(len(syn), generator=rng)[:batch_size].to(syn.device)
+        real = real_images[torch.randint(len(real_images), (len(chosen),), generator=rng).to(syn.device)]
+        augment, _ = draw_augmentations(len(chosen), syn.shape[-1], stream(seed, "dm", "views", step), syn.device,
+                                        (crop_scale, 1.0), gray)
+        features = build(make, seed, "dm", step).to(syn.device).features
+        batch = syn[chosen].requires_grad_()
+        ours, theirs = (features(normalize(augment(x), dataset.mean, dataset.std)).mean(dim=0)
+                        for x in (denormalize(batch, dataset.mean, dataset.std, clip=False), real.float() / 255))
+        loss = (ours - theirs.detach()).square().sum()
+        velocity.mul_(momentum).index_add_(0, chosen, torch.autograd.grad(loss, batch)[0])
+        syn -= lr * velocity
+        if log.due() or checkpoint.due() or step + 1 == iterations:
+            if not math.isfinite(loss.item()):
+                raise Diverged(f"dm: the loss at iteration {step} is {loss.item()}: give fewer --dm-iterations")
+            if log.due() or step + 1 == iterations:
+                log("dm", step + 1, iterations, loss=loss.item())
+            if checkpoint.due():
+                checkpoint.save(step + 1, images=syn, velocity=velocity)
+    return syn
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The sets to pre-train on
 # ------------------------------------------------------------------------------------------------------------
@@ -329,7 +364,7 @@ class Source:
     losses: torch.Tensor                           # [n], section 4.2
     distilled: dict                                # distilled.pt
     made_from: str                                 # fingerprint of the representations
-    own: dict = field(default_factory=dict)        # sets distilled here: {"krr_st": (images, targets)}
+    own: dict = field(default_factory=dict)        # sets distilled here: {"krr_st" or "dm": (images, targets)}
 
     @property
     def size(self):
@@ -379,8 +414,8 @@ def pretraining_set(name, seed, source):
         return None
     if kind == "mkdt":
         images, z, lr = (source.distilled[k] for k in ("images", "representations", "lr"))
-    elif kind == "krr_st":
-        images, z = source.own["krr_st"]
+    elif kind in RIVALS:
+        images, z = source.own[kind]
     elif kind == "full":
         pass
     elif kind == "distilled":
@@ -407,7 +442,8 @@ def identity(name, source):
     if kind != "none":
         depends += [s[k] for k in ("pretrain_epochs", "pretrain_batch", "pretrain_lr")]
     depends += {"high_loss": lambda: [source.losses], "initial": lambda: [own["indices"]],
-                "mkdt": lambda: [own["images"]], "krr_st": lambda: [s["krr_iterations"]],
+                "mkdt": lambda: [own["images"]], "krr_st": lambda: identity_of_rival(kind, s),
+                "dm": lambda: identity_of_rival(kind, s),
                 "subset": lambda: [read_indices(argument, len(source.representations))],
                 "distilled": lambda: [*pretraining_set(name, 0, source)]}.get(kind, list)()
     if (kind, argument) == SSL:
@@ -539,26 +575,49 @@ def read_distilled(path, pixels, mean, std):
     return normalize(images, mean, std) if taken == "raw" else images, z, lr
 
 
-def distil_krr_st(source):
-    """The set of `krr_st`, with as many images as the run's: from its file in the run folder, or distilled now."""
-    s, data = source.settings, source.dataset
-    made_from = fingerprint(s["width"], source.made_from, source.size, s["krr_iterations"])
-    path = source.run_dir / f"krr_st_{made_from}.pt"
+def distil_krr_st(source, images, chosen, log, checkpoint):
+    """(images, targets) of the set `krr_st`, begun with `images`, the training images `chosen`."""
+    iterations, z = source.settings["krr_iterations"], source.representations
+    return krr_st(source.encoder, images, z[chosen], source.dataset.train_images, z, source.dataset.batch, iterations, 0,
+                  log, checkpoint, online_steps=min(1000, iterations))
+
+
+def distil_dm(source, images, chosen, log, checkpoint):
+    """(images, targets) of the set `dm`: its targets are the teacher's representations of the final images."""
+    s, teacher = source.settings, source.run_dir.parent / "teacher.pt"
+    weights = load(teacher)
+    images = distribution_matching(source.encoder, images, source.dataset.train_images, source.dataset, s["crop_scale"],
+                                   s["gray"], s["dm_iterations"], 0, log, checkpoint)
+    network = resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"]))
+    network.load_state_dict(weights)
+    return images, encode(network.eval().to(images.device).features, images, lambda x: x)
+
+
+RIVALS = {"krr_st": distil_krr_st, "dm": distil_dm}
+
+
+def distil_rival(kind, source):
+    """(images, targets) of the set `kind` of RIVALS, as many as the run's: from its file in the run folder, or distilled
+    now from random images."""
+    s, data, n = source.settings, source.dataset, len(source.representations)
+    made_from = fingerprint(s["width"], source.made_from, source.size, *identity_of_rival(kind, s))
+    path = source.run_dir / f"{kind}_{made_from}.pt"
     if path.exists():
         saved = load(path)
         return saved["images"], saved["representations"]
-    chosen = torch.randperm(len(source.representations), generator=generator(0, "krr_st", "images"))[:source.size]
-    chosen = chosen.to(data.train_images.device)
-    checkpoint = Checkpoint(source.run_dir / f"krr_st_{made_from}_checkpoint.pt")
-    print(f"krr_st: distilling {source.size} images in {s['krr_iterations']} iterations", flush=True)
-    with checkpoint:
-        images, z = krr_st(lambda: source.encoder(), data.batch(data.train_images[chosen]),
-                           source.representations[chosen], data.train_images, source.representations, data.batch,
-                           s["krr_iterations"], 0, Log(source.run_dir / "log.jsonl"), checkpoint,
-                           online_steps=min(1000, s["krr_iterations"]))
+    chosen = torch.randperm(n, generator=generator(0, kind, "images"))[:source.size].to(data.train_images.device)
+    print(f"{kind}: distilling {source.size} images", flush=True)
+    with Checkpoint(path.with_name(f"{path.stem}_checkpoint.pt")) as checkpoint:
+        images, z = RIVALS[kind](source, data.batch(data.train_images[chosen]), chosen,
+                                 Log(source.run_dir / "log.jsonl"), checkpoint)
     save(path, {"images": images.cpu(), "representations": z.cpu(), "lr": s["pretrain_lr"]})
     checkpoint.remove()
     return images, z
+
+
+def identity_of_rival(kind, settings):
+    """What the set `kind` of RIVALS depends on beside data, targets, width and size."""
+    return [settings[k] for k in {"krr_st": ["krr_iterations"], "dm": ["dm_iterations", "crop_scale", "gray"]}[kind]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -655,7 +714,8 @@ class Clock:
 
 def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1, 2), encoders=("convnet",),
              protocol="linear", stratified=False, image_size=0, data_dir="data", device="cpu", save_encoder=None,
-             compile="auto", reference=None, pixels="auto", ssl_epochs=1000, krr_iterations=160_000):
+             compile="auto", reference=None, pixels="auto", ssl_epochs=1000, krr_iterations=160_000,
+             dm_iterations=20_000):
     """Computes the cells of a table that results.json in `run_dir` lacks; rewrites results.json, .csv and .md.
 
     run_dir: a folder with distilled.pt, as mkdt.py leaves it. sets, percents, seeds, encoders: the rows of the table.
@@ -664,7 +724,8 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
     Returns the list of records.
     """
     run_dir, device = Path(run_dir).resolve(), torch.device(device)
-    rivals = {"pixels": pixels, "ssl_epochs": ssl_epochs, "krr_iterations": krr_iterations}
+    rivals = {"pixels": pixels, "ssl_epochs": ssl_epochs, "krr_iterations": krr_iterations,
+              "dm_iterations": dm_iterations}
     with rank_0_first():
         source = read_source(run_dir, data_dir, device, rivals)
         made_from = {name: identity(name, source) for name in sets}          # what cannot work is refused beforehand
@@ -674,8 +735,9 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
             parse_set(reference)
         tasks, shares, skipped = read_tasks(list(tasks) or [source.distilled["dataset"]], source, percents, seeds,
                                             stratified, image_size, data_dir, device)
-        if any(parse_set(name)[0] == "krr_st" for name in sets):
-            source.own["krr_st"] = distil_krr_st(source)
+        for kind in dict.fromkeys(parse_set(name)[0] for name in sets):
+            if kind in RIVALS:
+                source.own[kind] = distil_rival(kind, source)
     task_data = {t: fingerprint(task.train_images, task.train_labels, task.test_images, task.test_labels)
                  for t, task in tasks.items()}
     results = Results(source, protocol, stratified, made_from, rivals, task_data, reference, skipped)
@@ -1068,12 +1130,13 @@ TABLES = {
     "6": dict(runs=[f"{d}_simclr/2pct_high_loss" for d in ("cifar10", "cifar100")], sets=["random", "krr_st", "mkdt"]),
     "7": dict(runs=[f"{d}/2pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")], labels=[10, 50],
               sets=["random", "krr_st", "mkdt"]),
+    "11": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100")], sets=["dm"]),
     "10": dict(runs=["cifar100/2pct_high_loss"], protocol="finetune", labels=[100],
                sets=["none", "random:ssl", "krr_st"],
                tasks=["cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers"]),
 }
 
-# Tables 1 - 7 and 10. Each block: pre-training data, distilled percent, teacher, encoder, protocol: the tasks; then a
+# Tables 1 - 7, 10 and 11. Each block: pre-training data, distilled percent, teacher, encoder, protocol: the tasks; then a
 # row of means and deviations for each share of labels and method.
 PAPER = """
 # cifar10 2 barlow convnet linear: cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers
@@ -1187,6 +1250,12 @@ PAPER = """
 100 none 64.95 0.21  87.34 0.13  34.66 0.39  19.43 0.14  18.46 0.11  22.31 0.22  58.75 0.41
 100 krr_st 66.81 0.11  88.72 0.11  41.54 0.37  28.68 0.32  25.30 0.37  26.39 0.08  67.88 0.18
 100 random:ssl 66.44 0.14  88.74 0.20  42.02 0.06  28.75 0.23  25.12 0.19  26.57 0.22  68.21 0.40
+# cifar10 5 barlow convnet linear: cifar100 cifar10 tinyimagenet aircraft cub2011 dogs flowers
+1 dm 7.09 0.16  35.98 0.98  2.43 0.19  2.15 0.21  1.19 0.13  1.71 0.18  1.60 0.17
+5 dm 14.77 0.10  46.41 0.35  5.11 0.32  4.94 0.88  1.57 0.31  2.53 0.13  3.10 0.33
+# cifar100 5 barlow convnet linear: cifar100 cifar10 tinyimagenet aircraft cub2011 dogs flowers
+1 dm 8.74 0.35  37.75 0.87  2.75 0.22  2.51 0.08  1.20 0.11  2.07 0.20  2.53 0.27
+5 dm 17.01 0.37  47.32 0.38  6.40 0.21  5.08 0.82  1.99 0.13  2.77 0.28  4.62 0.28
 """
 
 
@@ -1240,6 +1309,8 @@ def parse(argv):
                         help="epochs of random:ssl (default: 1000)")
     parser.add_argument("--krr-iterations", type=int, default=160_000, metavar="STEPS",
                         help="iterations that krr_st is distilled for (default: 160000)")
+    parser.add_argument("--dm-iterations", type=int, default=20_000, metavar="STEPS",
+                        help="iterations that dm is distilled for (default: 20000)")
     parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept (default: data)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
@@ -1265,7 +1336,7 @@ def main(argv=None):
     args = parse(argv)
     try:
         for flag, value, least in (("--ssl-epochs", args.ssl_epochs, 1), ("--krr-iterations", args.krr_iterations, 1),
-                                   ("--image-size", args.image_size or 8, 8)):
+                                   ("--dm-iterations", args.dm_iterations, 1), ("--image-size", args.image_size or 8, 8)):
             if value < least:
                 raise InputError(f"{flag} {value} must be at least {least}")
         device = join_ranks(pick_device(args.device, args.deterministic))
@@ -1286,7 +1357,7 @@ def main(argv=None):
                 with hold(run.parent) if not rank() and run.exists() else contextlib.nullcontext():
                     evaluate(run, sets, tasks, args.labels, args.seeds, args.encoders, args.protocol, args.stratified,
                              args.image_size, args.data_dir, device, folder, args.compile, args.paired, args.pixels,
-                             args.ssl_epochs, args.krr_iterations)
+                             args.ssl_epochs, args.krr_iterations, args.dm_iterations)
                 print((run / "results.md").read_text())
             leave_ranks()
     except InputError as error:

@@ -1049,6 +1049,38 @@ def test_krr_st_lowers_its_loss_and_resumes_bit_for_bit(tmp_path):
     assert torch.equal(resumed[0], images) and torch.equal(resumed[1], targets)
 
 
+def test_distribution_matching_draws_the_mean_features_together(tmp_path):
+    arrays = data.make_shapes(60, 4, size=16)
+    np.savez(tmp_path / "x.npz", **arrays)
+    dataset = data.load_dataset(str(tmp_path / "x.npz"))
+    make = lambda: models.ConvNet(4, 16, 8, depth=2)
+    images = torch.zeros(12, 3, 16, 16)
+
+    def distil(name, iterations):
+        return evaluation.distribution_matching(make, images, dataset.train_images, dataset, 0.5, 0.2, iterations, 0,
+                                                data.Log(interval=1e9), data.Checkpoint(tmp_path / name, minutes=0))
+
+    def distance(images):
+        judges = [models.build(make, 7, k).features for k in range(5)]
+        real = dataset.batch(dataset.train_images)
+        return sum(float((f(images).mean(dim=0) - f(real).mean(dim=0)).square().sum()) for f in judges)
+    whole = distil("a.pt", 60)
+    assert distance(whole) < 0.5 * distance(images)
+    distil("b.pt", 20)
+    assert torch.equal(whole, distil("b.pt", 60))
+    # One step by hand: the mean over the batch of both, under the first draw of augmentations.
+    rng = models.generator(0, "dm", "step", 0)
+    chosen, real = torch.randperm(12, generator=rng), torch.randint(60, (12,), generator=rng)
+    augment, _ = data.draw_augmentations(12, 16, models.stream(0, "dm", "views", 0), "cpu", (0.5, 1.0), 0.2)
+    f = models.build(make, 0, "dm", 0).features
+    x = images.clone().requires_grad_()
+    views = [data.normalize(augment(v), dataset.mean, dataset.std) for v in (
+        x[chosen] * torch.tensor(dataset.std)[:, None, None] + torch.tensor(dataset.mean)[:, None, None],
+        dataset.train_images[real].float() / 255)]
+    (f(views[0]).mean(dim=0) - f(views[1]).mean(dim=0)).square().sum().backward()
+    assert relative(distil("c.pt", 1), images - x.grad) < 1e-5
+
+
 def test_pretraining_by_self_supervision_uses_no_targets():
     dataset = data.Dataset("x", *(torch.randint(256, (30, 3, 16, 16), dtype=torch.uint8,
                                                 generator=torch.Generator().manual_seed(0)), torch.zeros(30).long()) * 2,
@@ -1083,7 +1115,8 @@ def test_the_papers_values():
     assert paper["cifar10", "2", "simclr", "convnet", "linear", "1", "random", "flowers"] == (1.83, 0.24)            # 6
     assert paper["tinyimagenet", "2", "barlow", "convnet", "linear", "50", "mkdt", "tinyimagenet"] == (16.99, 0.25)  # 7
     assert paper["cifar100", "2", "barlow", "convnet", "finetune", "100", "random:ssl", "cars"] == (28.75, 0.23)    # 10
-    assert len(paper) == 7 * (12 + 16 + 10 + 18 + 8 + 12 + 18 + 3)
+    assert paper["cifar100", "5", "barlow", "convnet", "linear", "5", "dm", "cub2011"] == (1.99, 0.13)              # 11
+    assert len(paper) == 7 * (12 + 16 + 10 + 18 + 8 + 12 + 18 + 3 + 4)
     tasks = {key[-1] for key in paper}
     assert tasks == {*evaluation.TASKS, "cars"} and all(t in data.OFFICIAL for t in tasks)
     assert {key[-2] for key in paper} <= evaluation.METHODS.keys()
@@ -1563,7 +1596,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
                 patch.setattr(evaluation, "evaluate", one_seed)
                 code = mkdt.main([*argv, *SMALLEST])
         else:
-            code = evaluation.main([*argv, "--seeds", "0", "--krr-iterations", "2", "--ssl-epochs", "1",
+            code = evaluation.main([*argv, "--seeds", "0", "--krr-iterations", "2", "--dm-iterations", "2", "--ssl-epochs", "1",
                                     "--compile", "off"])
         assert code == 0, (words, capsys.readouterr().err)
     text = (Path(mkdt.__file__).parent / "README.md").read_text()
@@ -1798,14 +1831,14 @@ def test_any_rivals_set_through_the_same_door(finished, tmp_path, capsys):
     argv = ["--run-dir", str(folder), "--data-dir", str(tmp_path / "x/data"), "--seeds", "0", "1", "--labels", "5"]
     sas, ours, krr = f"subset:{tmp_path}/sas.pkl", f"distilled:{folder}", f"distilled:{tmp_path}/krr@0.05"
     assert evaluation.main([*argv, "--sets", "random", "initial", sas, "mkdt", ours, krr, "krr_st", "random:ssl",
-                            "--krr-iterations", "3", "--ssl-epochs", "1", "--paired"]) == 0
+                            "dm", "--krr-iterations", "3", "--dm-iterations", "2", "--ssl-epochs", "1", "--paired"]) == 0
     scores = {r["pretraining"]: r for r in json.loads((folder / "results.json").read_text()) if r["labels_percent"] == 5}
     assert scores[sas]["accuracies"] == scores["initial"]["accuracies"]                       # the same images and rate
     assert scores[ours]["accuracies"] == scores["mkdt"]["accuracies"][:2] and scores[ours]["lr"] == d["lr"]
     assert scores[krr]["lr"] == 0.05 and scores[krr]["mse"] is None and scores["krr_st"]["mse"] is not None
-    assert len({tuple(scores[name]["accuracies"][:2]) for name in ("random", "mkdt", krr, "krr_st", "random:ssl")}) == 5
+    assert len({tuple(scores[name]["accuracies"][:2]) for name in ("random", "mkdt", krr, "krr_st", "dm", "random:ssl")}) == 6
     table = capsys.readouterr().out
-    for row in ("SAS Subset", "KRR-ST", "Random Subset (SSL)", "MKDT", "taken for raw ones", "minus Random Subset"):
+    for row in ("SAS Subset", "KRR-ST", "DM (no labels)", "Random Subset (SSL)", "MKDT", "taken for raw ones", "minus Random Subset"):
         assert row in table, row
     file, = folder.glob("krr_st_*.pt")
     made = data.load(file)
