@@ -852,7 +852,7 @@ def resized_crop(images, top, left, height, width, size, flip):
             out = torch.where(mirror[:, None], 1 - out, out)
         position = (out * length[:, None] - 0.5).clamp(min=0).minimum(length[:, None] - 1) + start[:, None]
         pixel = torch.arange(pixels, device=images.device)
-        return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)                      # [B, size, pixels]
+        return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0).to(images.dtype)     # [B, size, pixels]
 
     rows = weights(top, height, images.shape[2])
     columns = weights(left, width, images.shape[3], flip)
@@ -922,6 +922,15 @@ def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), gray=0.2, rows=
     """
     rng, orders = torch.Generator(device).manual_seed(seed), random.Random(seed)
     return tuple(_draw_augmentation(n, size, rng, orders.sample(range(4), 4), scale, gray, rows) for _ in range(2))
+
+
+def augmentations(dataset, crop_scale, gray):
+    """targets(n, draw): `draw_augmentations` for n normalised images of `dataset`, the seed being `draw`."""
+    def targets(n, draw):
+        views = draw_augmentations(n, dataset.image_size, draw, dataset.train_images.device, (crop_scale, 1.0), gray)
+        return tuple(lambda x, view=view: normalize(view(denormalize(x, dataset.mean, dataset.std, clip=False)),
+                                                    dataset.mean, dataset.std) for view in views)
+    return targets
 
 
 def _draw_augmentation(n, size, rng, order, scale, gray, rows):

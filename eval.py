@@ -36,11 +36,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (Checkpoint, Dataset, Log, denormalize, draw_augmentations, duration, fingerprint, hold, load,
-                  load_dataset, normalize, read_json, save, save_json, shift_and_flip, to_download, two_views, write_file)
+from data import (Checkpoint, Dataset, Log, augmentations, duration, fingerprint, hold, load, load_dataset, normalize,
+                  read_json, save, save_json, shift_and_flip, to_download, two_views, write_file)
 from models import (ConvNet, InputError, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
-                    gather_from_ranks, generator, join_ranks, leave_ranks, pick_device, projector, rank, rank_0_first,
-                    ranks, resnet10, resnet18, self_supervised_loss, stream, wait_for_ranks)
+                    gather_from_ranks, generator, join_ranks, leave_ranks, objective, pick_device, projector, rank,
+                    rank_0_first, ranks, resnet10, resnet18, self_supervised_loss, stream, wait_for_ranks)
 
 # The sets to pre-train on. Any of them takes a rate of its own, random@0.3, or the learned one, random@mkdt.
 SETS = {
@@ -84,21 +84,28 @@ def batches(n, batch_size, epochs, seed, name, device):
             yield epoch, batch
 
 
-def pretrain(encoder, images, representations, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
-             prepare=lambda x: x, loss=None):
-    """Trains `encoder` in place to map `images` to `representations` by MSE (Eq. 9) and returns it in eval mode.
+def targets_of(targets, batch, draw):
+    """y of `models.objective` for the images `batch`: the rows of a tensor, representations [n, d] or labels [n]; or
+    targets(len(batch), draw), the augmentations that the seed `draw` stands for."""
+    return targets(len(batch), draw) if callable(targets) else targets[batch]
 
-    images [n, 3, H, W] (`prepare` normalises a batch if they are stored as uint8), representations [n, d].
+
+def pretrain(encoder, images, targets, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
+             prepare=lambda x: x, loss=None):
+    """Trains `encoder` in place to map `images` to `targets` by MSE (Eq. 9) and returns it in eval mode.
+
+    images [n, 3, H, W] (`prepare` normalises a batch if they are stored as uint8); targets: representations [n, d], or
+    what else `targets_of` knows, to which the loss is then `models.objective`.
     SGD with constant rate `lr`; min(batch_size, n) images a step, the short last batch kept; `seed` fixes the order.
-    loss(x, z): a faster F.mse_loss(encoder(x), z), if it is at hand.
+    loss(x, y): a faster objective(encoder, x, y), if it is at hand.
     Raises Diverged if the weights end up non-finite.
     """
-    loss = loss or (lambda x, z: F.mse_loss(encoder(x), z))
+    loss = loss or functools.partial(objective, encoder)
     optimizer = torch.optim.SGD(encoder.parameters(), lr, momentum, weight_decay=weight_decay)
     encoder.train()
-    for _, batch in batches(len(images), batch_size, epochs, seed, "pretrain order", images.device):
+    for step, (_, batch) in enumerate(batches(len(images), batch_size, epochs, seed, "pretrain order", images.device)):
         optimizer.zero_grad()
-        loss(prepare(images[batch]), representations[batch]).backward()
+        loss(prepare(images[batch]), targets_of(targets, batch, stream(seed, "pretrain views", step))).backward()
         optimizer.step()
     return finished(encoder, f"pre-training on {len(images)} images at rate {lr:.3g}")
 
@@ -309,12 +316,12 @@ def krr_st(make, images, targets, real_images, real_targets, prepare, iterations
     return syn[0].detach(), syn[1].detach()
 
 
-def distribution_matching(make, images, real_images, dataset, crop_scale, gray, iterations, seed, log, checkpoint,
-                          lr=1.0, momentum=0.5, batch_size=256):
+def distribution_matching(make, images, real_images, prepare, views, iterations, seed, log, checkpoint, lr=1.0,
+                          momentum=0.5, batch_size=256):
     """Distils by DM (Zhao & Bilen 2023) without labels, as in appendix F; returns images [n, 3, H, W].
 
     make(): a fresh encoder, a new one in every iteration. The mean features of a batch of `images` (normalised) are
-    drawn to those of as many random `real_images` (uint8) under the same augmentations (`draw_augmentations`).
+    drawn to those of as many random `real_images` (uint8) under the same augmentations, of data.augmentations `views`.
     """
     syn, velocity = images.clone(), torch.zeros_like(images)
     first = checkpoint.restore(images=syn, velocity=velocity)
@@ -323,12 +330,10 @@ def distribution_matching(make, images, real_images, dataset, crop_scale, gray, 
         rng = generator(seed, "dm", "step", step)
         chosen = torch.randperm(len(syn), generator=rng)[:batch_size].to(syn.device)
         real = real_images[torch.randint(len(real_images), (len(chosen),), generator=rng).to(syn.device)]
-        augment, _ = draw_augmentations(len(chosen), syn.shape[-1], stream(seed, "dm", "views", step), syn.device,
-                                        (crop_scale, 1.0), gray)
+        augment, _ = views(len(chosen), stream(seed, "dm", "views", step))
         features = build(make, seed, "dm", step).to(syn.device).features
         batch = syn[chosen].requires_grad_()
-        ours, theirs = (features(normalize(augment(x), dataset.mean, dataset.std)).mean(dim=0)
-                        for x in (denormalize(batch, dataset.mean, dataset.std, clip=False), real.float() / 255))
+        ours, theirs = (features(augment(x)).mean(dim=0) for x in (batch, prepare(real)))
         loss = (ours - theirs.detach()).square().sum()
         velocity.mul_(momentum).index_add_(0, chosen, torch.autograd.grad(loss, batch)[0])
         syn -= lr * velocity
@@ -346,10 +351,10 @@ def distribution_matching(make, images, real_images, dataset, crop_scale, gray, 
 # The sets to pre-train on
 # ------------------------------------------------------------------------------------------------------------
 class Chosen(NamedTuple):
-    """A set to pre-train on: images (uint8, or normalised float32) [n, 3, H, W], targets [n, d] or None (by
-    self-supervision), and the rate."""
+    """A set to pre-train on: images (uint8, or normalised float32) [n, 3, H, W], targets as in `targets_of` or None
+    (`pretrain_ssl`), and the rate."""
     images: torch.Tensor
-    targets: torch.Tensor | None
+    targets: object
     lr: float
 
 
@@ -359,11 +364,12 @@ class Source:
     run_dir: Path
     settings: dict
     dataset: Dataset
-    representations: torch.Tensor                  # Z_T [n, d], of the training images
+    targets: object                                # Z_T [n, d] of the training images, or labels or augmentations
+    d: int                                         # dimension of the encoders' output
     test_representations: torch.Tensor | None      # of the test images, for Eq. 2; None if they are not known
-    losses: torch.Tensor                           # [n], section 4.2
+    losses: torch.Tensor | None                    # [n], section 4.2; None if the objective is not Eq. 5
     distilled: dict                                # distilled.pt
-    made_from: str                                 # fingerprint of the representations
+    made_from: str                                 # fingerprint of the targets
     own: dict = field(default_factory=dict)        # sets distilled here: {"krr_st" or "dm": (images, targets)}
 
     @property
@@ -374,7 +380,7 @@ class Source:
     def encoder(self, name="convnet", d=None, image_size=None):
         """A freshly built encoder: convnet (as the experts), resnet10 or resnet18 (width 64), or NAME:WIDTH."""
         kind, _, width = name.partition(":")
-        d, image_size = d or self.representations.shape[1], image_size or self.dataset.image_size
+        d, image_size = d or self.d, image_size or self.dataset.image_size
         if kind not in ENCODERS or not (width or "1").isdecimal() or width == "0":
             raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a width of its own as "
                              "in resnet18:16")
@@ -408,35 +414,41 @@ def pretraining_set(name, seed, source):
     and --pretrain-lr for all others.
     """
     kind, argument, rate = parse_set(name)
-    images, z, n = source.dataset.train_images, source.representations, len(source.representations)
+    images, y, n = source.dataset.train_images, source.targets, len(source.dataset.train_images)
     device, lr = images.device, source.settings["pretrain_lr"]
     if kind == "none":
         return None
     if kind == "mkdt":
-        images, z, lr = (source.distilled[k] for k in ("images", "representations", "lr"))
+        images, lr = source.distilled["images"], source.distilled["lr"]
+        y = source.distilled.get("representations", source.distilled.get("labels", y))
     elif kind in RIVALS:
-        images, z = source.own[kind]
+        images, y = source.own[kind]
     elif kind == "full":
         pass
     elif kind == "distilled":
-        images, z, own = read_distilled(argument, source.settings["pixels"], source.dataset.mean, source.dataset.std)
+        images, y, own = read_distilled(argument, source.settings["pixels"], source.dataset.mean, source.dataset.std)
         lr = own or lr
     else:
         chosen = {"random": lambda: torch.randperm(n, generator=generator(seed, "random subset"))[:source.size],
                   "high_loss": lambda: highest(source.losses, source.size),
                   "initial": lambda: source.distilled["indices"],
                   "subset": lambda: read_indices(argument, n)}[kind]().to(device)
-        images, z = images[chosen], z[chosen]
+        images, y = images[chosen], y if callable(y) else y[chosen]
     if (kind, argument) == SSL:
-        z, lr = None, 1e-3
+        y, lr = None, 1e-3
     if rate:
         lr = source.distilled["lr"] if rate == "mkdt" else float(rate)
-    return Chosen(images.to(device), z if z is None else z.to(device), lr)
+    return Chosen(images.to(device), y.to(device) if torch.is_tensor(y) else y, lr)
 
 
 def identity(name, source):
-    """Eight hexadecimal digits of all that a row's accuracies depend on beside encoder, protocol, task and seed."""
+    """Eight hexadecimal digits of all that a row's accuracies depend on beside encoder, protocol, task and seed.
+
+    Raises InputError if the run cannot have that set.
+    """
     kind, argument, rate = parse_set(name)
+    if source.losses is None and kind in ("high_loss", *RIVALS):
+        raise InputError(f"{kind} needs the teacher's representations, which only runs with --objective kd have")
     s, own = source.settings, source.distilled
     depends = [kind, argument if kind == "random" else "", rate, s["width"], source.made_from, source.size]
     if kind != "none":
@@ -444,7 +456,7 @@ def identity(name, source):
     depends += {"high_loss": lambda: [source.losses], "initial": lambda: [own["indices"]],
                 "mkdt": lambda: [own["images"]], "krr_st": lambda: identity_of_rival(kind, s),
                 "dm": lambda: identity_of_rival(kind, s),
-                "subset": lambda: [read_indices(argument, len(source.representations))],
+                "subset": lambda: [read_indices(argument, len(source.dataset.train_images))],
                 "distilled": lambda: [*pretraining_set(name, 0, source)]}.get(kind, list)()
     if (kind, argument) == SSL:
         depends += [s[k] for k in ("ssl", "ssl_epochs", "crop_scale", "gray", "lambd", "temperature")]
@@ -553,20 +565,21 @@ def read_distilled(path, pixels, mean, std):
         path = next(files for files in found if files)[-1]
     images, lr = load(path), None
     if isinstance(images, dict):
-        images, z, lr = (images.get(k) for k in ("images", "representations", "lr"))
-        known = "normalised"
+        z = images.get("representations", images.get("labels"))
+        images, lr, known = images.get("images"), images.get("lr"), "normalised"
     else:
         beside = path.with_name(path.name.replace("images_", "labels_").replace("x_syn", "y_syn"))
         rate = path.with_name(path.name.replace("images_", "synlr_"))
         z, known = load(beside if beside.exists() else path.with_name("y_syn.pt")), None
         if path.name.startswith("images_"):
             known, lr = "normalised", float(torch.as_tensor(load(rate)).mean()) if rate.exists() else None
-    for what, x, form in (("images", images, "[n, 3, H, H]"), ("targets", z, "[n, d]")):
+    labels = torch.is_tensor(z) and z.dtype == torch.int64
+    for what, x, form in (("images", images, "[n, 3, H, H]"), ("targets", z, "[n]" if labels else "[n, d]")):
         fits = torch.is_tensor(x) and x.dim() == form.count(",") + 1 and len(x) == len(images) > 0
         if not fits or not x.isfinite().all() or x.dim() == 4 and (x.shape[1] != 3 or x.shape[2] != x.shape[3]):
             raise InputError(f"distilled:{path}: its {what} must be finite {form}, a row for each image, not "
                              f"{list(x.shape) if torch.is_tensor(x) else type(x).__name__}")
-    images, z = images.detach().float(), z.detach().float()
+    images, z = images.detach().float(), z if labels else z.detach().float()
     taken = known if pixels == "auto" and known else pixels
     if taken == "auto":
         taken = "raw" if images.std() < 0.6 else "normalised"
@@ -577,7 +590,7 @@ def read_distilled(path, pixels, mean, std):
 
 def distil_krr_st(source, images, chosen, log, checkpoint):
     """(images, targets) of the set `krr_st`, begun with `images`, the training images `chosen`."""
-    iterations, z = source.settings["krr_iterations"], source.representations
+    iterations, z = source.settings["krr_iterations"], source.targets
     return krr_st(source.encoder, images, z[chosen], source.dataset.train_images, z, source.dataset.batch, iterations, 0,
                   log, checkpoint, online_steps=min(1000, iterations))
 
@@ -586,8 +599,9 @@ def distil_dm(source, images, chosen, log, checkpoint):
     """(images, targets) of the set `dm`: its targets are the teacher's representations of the final images."""
     s, teacher = source.settings, source.run_dir.parent / "teacher.pt"
     weights = load(teacher)
-    images = distribution_matching(source.encoder, images, source.dataset.train_images, source.dataset, s["crop_scale"],
-                                   s["gray"], s["dm_iterations"], 0, log, checkpoint)
+    images = distribution_matching(source.encoder, images, source.dataset.train_images, source.dataset.batch,
+                                   augmentations(source.dataset, s["crop_scale"], s["gray"]), s["dm_iterations"], 0,
+                                   log, checkpoint)
     network = resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"]))
     network.load_state_dict(weights)
     return images, encode(network.eval().to(images.device).features, images, lambda x: x)
@@ -599,7 +613,7 @@ RIVALS = {"krr_st": distil_krr_st, "dm": distil_dm}
 def distil_rival(kind, source):
     """(images, targets) of the set `kind` of RIVALS, as many as the run's: from its file in the run folder, or distilled
     now from random images."""
-    s, data, n = source.settings, source.dataset, len(source.representations)
+    s, data, n = source.settings, source.dataset, len(source.dataset.train_images)
     made_from = fingerprint(s["width"], source.made_from, source.size, *identity_of_rival(kind, s))
     path = source.run_dir / f"{kind}_{made_from}.pt"
     if path.exists():
@@ -628,14 +642,32 @@ def read_source(run_dir, data_dir, device, rivals):
     if not (run_dir / "distilled.pt").exists():
         raise InputError(f"{run_dir} holds no distilled.pt: make it with mkdt.py, or give another --run-dir")
     s, distilled = read_json(run_dir / "config.json")["settings"], load(run_dir / "distilled.pt")
-    z, test = load(run_dir.parent / "representations.pt"), run_dir.parent / "representations_test.pt"
-    if not torch.equal(z[distilled["indices"]], distilled["representations"]):
+    dataset = load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"])
+    targets, d = student_targets(s, dataset, run_dir.parent)
+    if "representations" in distilled and not torch.equal(targets[distilled["indices"]].cpu(),
+                                                          distilled["representations"]):
         raise InputError(f"{run_dir / 'distilled.pt'} was made with other representations than those in "
                          f"{run_dir.parent}: distil again (--force)")
-    return Source(run_dir, {**s, **rivals},
-                  load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"]),
-                  z.to(device), load(test).to(device) if test.exists() else None, load(run_dir / "init.pt")["losses"],
-                  {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()}, fingerprint(z))
+    test = run_dir.parent / "representations_test.pt"
+    return Source(run_dir, {**s, **rivals}, dataset, targets, d,
+                  load(test).to(device) if "representations" in distilled and test.exists() else None,
+                  load(run_dir / "init.pt").get("losses"),
+                  {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()},
+                  fingerprint(*((s["crop_scale"], s["gray"]) if callable(targets) else (targets.cpu(),))))
+
+
+def student_targets(settings, dataset, run_dir):
+    """(what students are trained towards, the dimension of their output): by --objective, the representations in
+    run_dir (kd), the data set's labels (ce) or augmentations (ssl; SimCLR's 128 dimensions)."""
+    device = dataset.train_images.device
+    if settings.get("objective", "kd") == "kd":
+        z = load(run_dir / "representations.pt").to(device)
+        return z, z.shape[1]
+    if settings["objective"] == "ce":
+        if int(dataset.train_labels.min()) < 0:
+            raise InputError(f"--objective ce needs labels, {dataset.name} has none for some training images")
+        return dataset.train_labels, int(dataset.train_labels.max()) + 1
+    return augmentations(dataset, settings["crop_scale"], settings["gray"]), 128
 
 
 def read_tasks(names, source, percents, seeds, stratified, image_size, data_dir, device):
@@ -804,8 +836,10 @@ def speed_up(kind, source, tasks, shares, names, protocol, mode):
     batch, chunk = (data.batch(data.train_images[:count]) for count in (s["pretrain_batch"], CHUNK))
     untouched = copy.deepcopy(encoder.state_dict())                       # a trial moves batch norm's statistics
     encoder.train()
-    student.loss, *loss = full_batches(lambda x, z: F.mse_loss(encoder(x), z),
-                                       (batch, source.representations[:len(batch)]), steps, True, kept[0])
+    loss = None, 0.0
+    if not callable(source.targets):                          # augmentations are other functions in every step
+        student.loss, *loss = full_batches(lambda x, y: objective(encoder, x, y),
+                                           (batch, source.targets[:len(batch)]), steps, True, kept[0])
     encoder.load_state_dict(untouched)
     encoder.eval()
     student.features, *features = full_batches(torch.no_grad()(encoder.features), (chunk,), encoded / CHUNK, False,
@@ -819,7 +853,7 @@ def speed_up(kind, source, tasks, shares, names, protocol, mode):
 
 
 def count_steps(name, source):
-    """Steps of pre-training by MSE on the set called `name`."""
+    """Steps of `pretrain` on the set called `name`."""
     s, chosen = source.settings, pretraining_set(name, 0, source)
     if chosen is None or chosen.targets is None:
         return 0
@@ -844,9 +878,11 @@ def cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock)
     shares of labels in wanted[task], mean squared distance to the teacher on test images or None)."""
     chosen, s, data = pretraining_set(name, seed, source), source.settings, source.dataset
     kind, argument, _ = parse_set(name)
-    shape = source.representations.shape[1], data.image_size
-    if chosen and chosen.targets is not None and (chosen.targets.shape[1], chosen.images.shape[-1]) != shape:
-        shape = chosen.targets.shape[1], chosen.images.shape[-1]      # made elsewhere, with another teacher or size
+    shape = of_run = source.d, data.image_size
+    if chosen and torch.is_tensor(chosen.targets):
+        y = chosen.targets
+        shape = (y.shape[1] if y.dim() == 2 else max(source.d, int(y.max()) + 1)), chosen.images.shape[-1]
+    if shape != of_run:                                               # made elsewhere, with another teacher or size
         student = Student(student.kind, source.encoder(student.kind, *shape).to(chosen.images.device))
     encoder = student.encoder
     encoder.load_state_dict(build(lambda: source.encoder(student.kind, *shape), seed,

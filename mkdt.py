@@ -39,9 +39,9 @@ import models
 from data import (Checkpoint, Log, denormalize, duration, fingerprint, free_memory, hold, load, load_dataset, normalize,
                   read_json, require_memory, require_space, save, save_json, two_views, write_file)
 from models import (ConvNet, InputError, activation_bytes, average_over_ranks, build, compile_if_it_pays, first_line,
-                    flat_parameters, from_rank_0, functional, generator, join_ranks, leave_ranks, pick_device, rank,
-                    rank_0_first, ranks, rows_of_all_ranks, seconds_a_call, self_supervised_loss, stream,
-                    wait_for_ranks)
+                    flat_parameters, from_rank_0, functional, generator, join_ranks, leave_ranks, objective,
+                    pick_device, rank, rank_0_first, ranks, rows_of_all_ranks, seconds_a_call, self_supervised_loss,
+                    stream, wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -64,6 +64,7 @@ SETTINGS = {
     "gray":               ("teacher", 0.2, "probability that a view is made grey"),
     "max_pool":           ("teacher", 0, "1: the teacher's stem ends in max-pooling (TinyImageNet)"),
     "bf16":               ("teacher", "auto", "bfloat16 autocast for the teacher: auto (on GPUs), on or off"),
+    "objective":          ("experts", "kd", "what students minimise: kd (Eq. 5), ssl (MTT-SSL, appendix F) or ce (MTT)"),
     "width":              ("experts", 128, "channels of the student ConvNet"),
     "expert_epochs":      ("experts", 7, "epochs of expert training; T+ + M is the last one that is read (paper: 20)"),
     "expert_lr":          ("experts", 0.1, "rate of SGD"),
@@ -99,6 +100,12 @@ DATASETS = {
                    syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=180, pretrain_batch=50),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
+# Students of other systems, as in appendix A.2: self-supervised ones are trained by Adam.
+OBJECTIVES = {
+    "kd": {},
+    "ssl": dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, init="random"),
+    "ce": dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0, expert_decay=0.0, init="random"),
+}
 ROWS = {
     ("cifar10", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
     ("cifar10", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
@@ -196,41 +203,69 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
 # ------------------------------------------------------------------------------------------------------------
 # 2. Experts (Algorithm 1, line 2; Eq. 5 and 7)
 # ------------------------------------------------------------------------------------------------------------
-def kd_loss(f):
-    """L_KD of Eq. 5 as a function of (theta, x, z): the mean squared error over the batch and the d dimensions.
+def student_loss(f):
+    """What students minimise as a function of (theta, x, y): L_KD of Eq. 5 if y are representations [B, d].
 
-    theta [P], normalised images x [B, 3, H, W], teacher representations z [B, d].
+    theta [P], normalised images x [B, 3, H, W]; for other y see `models.objective`.
     """
-    return lambda theta, x, z: F.mse_loss(f(theta, x), z)
+    return lambda theta, x, y: objective(functools.partial(f, theta), x, y)
 
 
 def sgd_step(loss, momentum, decay):
     """One step of SGD with momentum on `loss`, as a pure function of flat parameters (and torch.optim.SGD's update)."""
-    def step(theta, velocity, x, z, lr):
-        g = torch.func.grad(loss)(theta, x, z) + decay * theta
+    def step(theta, velocity, x, y, lr):
+        g = torch.func.grad(loss)(theta, x, y) + decay * theta
         velocity = momentum * velocity + g
         return theta - lr * velocity, velocity
     return step
 
 
-def train_expert(step, theta, images, representations, prepare, epochs, lr, batch_size, seed, checkpoint=None):
+def adam_step(loss, decay, betas=(0.9, 0.999), eps=1e-8):
+    """One step of torch.optim.Adam in the form of `sgd_step`. Its state [2P + 1]: both moments, the steps taken."""
+    def step(theta, state, x, y, lr):
+        m, v, t = state.split([len(theta), len(theta), 1])
+        g = torch.func.grad(loss)(theta, x, y) + decay * theta
+        m, v, t = betas[0] * m + (1 - betas[0]) * g, betas[1] * v + (1 - betas[1]) * g * g, t + 1
+        scale = (v / (1 - betas[1] ** t)).sqrt() + eps
+        return theta - lr * m / (1 - betas[0] ** t) / scale, torch.cat([m, v, t])
+    return step
+
+
+def optimizer_of(loss, settings, theta):
+    """(step, its first state) of a student's optimiser: SGD, but Adam for self-supervision (A.2)."""
+    if settings["objective"] == "ssl":
+        return adam_step(loss, settings["expert_decay"]), torch.zeros(2 * len(theta) + 1, device=theta.device)
+    return sgd_step(loss, settings["expert_momentum"], settings["expert_decay"]), torch.zeros_like(theta)
+
+
+def train_expert(step, theta, state, images, targets, prepare, epochs, lr, batch_size, seed, checkpoint=None):
     """One expert trajectory: theta*_0 .. theta*_epochs, the weights after each epoch, as [epochs + 1, P] (Eq. 7).
 
-    step: the update of `sgd_step`. images uint8 [n, 3, H, W], `prepare` normalises a batch; representations [n, d].
-    A fresh order each epoch, the short last batch kept, no augmentation, constant rate.
+    step, state: the update of `sgd_step` and its velocity, zeros at first. images uint8 [n, 3, H, W], `prepare`
+    normalises a batch; targets: Z_T [n, d], or what else `evaluation.targets_of` knows.
+    A fresh order each epoch, the short last batch kept, no augmentation of the images, constant rate.
     """
-    trajectory, velocity = torch.empty(epochs + 1, len(theta), dtype=theta.dtype), torch.zeros_like(theta)
+    trajectory = torch.empty(epochs + 1, len(theta), dtype=theta.dtype)
     trajectory[0] = theta                                     # on the CPU; rows are copies, not the live weights
     per_epoch = math.ceil(len(images) / batch_size)
-    first = checkpoint.restore(theta=theta, velocity=velocity, trajectory=trajectory) if checkpoint else 0
+    first = checkpoint.restore(theta=theta, velocity=state, trajectory=trajectory) if checkpoint else 0
     steps = enumerate(evaluation.batches(len(images), batch_size, epochs, seed, "expert order", images.device))
     for s, (epoch, batch) in itertools.islice(steps, first, None):
-        theta, velocity = step(theta, velocity, prepare(images[batch]), representations[batch], lr)
+        y = evaluation.targets_of(targets, batch, stream(seed, "expert views", s))
+        theta, state = step(theta, state, prepare(images[batch]), y, lr)
         if (s + 1) % per_epoch == 0:
             trajectory[epoch + 1] = theta
         if checkpoint and checkpoint.due():
-            checkpoint.save(s + 1, theta=theta, velocity=velocity, trajectory=trajectory)
+            checkpoint.save(s + 1, theta=theta, velocity=state, trajectory=trajectory)
     return trajectory
+
+
+def mean_loss(f, theta, images, targets, prepare):
+    """What students minimise, of the first thousand images at most: a number for the log."""
+    parts = torch.arange(min(1000, len(images)), device=images.device).split(evaluation.CHUNK)
+    with torch.no_grad():
+        return sum(len(part) * student_loss(f)(theta, prepare(images[part]), evaluation.targets_of(targets, part, 0))
+                   for part in parts) / min(1000, len(images))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -247,31 +282,32 @@ def loss_per_image(f, thetas, images, representations, prepare):
 # 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8)
 # ------------------------------------------------------------------------------------------------------------
 def inner_gradient(loss):
-    """g(theta, x, z) = dL/dtheta: what one step of Eq. 8 subtracts, alpha_syn times."""
-    return lambda theta, x, z: torch.func.grad(loss)(theta, x, z)
+    """g(theta, x, y) = dL/dtheta: what one step of Eq. 8 subtracts, alpha_syn times."""
+    return lambda theta, x, y: torch.func.grad(loss)(theta, x, y)
 
 
 def inner_adjoint(loss):
-    """(theta, x, z, v) -> (H v, d(g . v)/dx, g . v) with g = dL/dtheta and H = dg/dtheta.
+    """(theta, x, y, v) -> (H v, d(g . v)/dx, g . v) with g = dL/dtheta and H = dg/dtheta.
 
     Differentiating the scalar g . v, itself a gradient, gives all three; H is never formed. (Forward over reverse does
     not compile; reverse over forward, by torch.func.jvp, leaves torch unusable where compiling fails.)
     """
-    def adjoint(theta, x, z, v):
+    def adjoint(theta, x, y, v):
         def g_dot_v(theta, x):
-            return torch.func.grad(loss)(theta, x, z) @ v
+            return torch.func.grad(loss)(theta, x, y) @ v
         (hv, gx), gv = torch.func.grad_and_value(g_dot_v, argnums=(0, 1))(theta, x)
         return hv, gx, gv
     return adjoint
 
 
-def matching_gradient(gradient, adjoint, theta, target, images, representations, lr, batches):
+def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the distilled images and the learned rate.
 
-    theta, target: theta*_t and theta*_{t+M}, [P]; images [n, ...], representations [n, d]; lr: alpha_syn, a scalar
-    tensor; batches: N index tensors b_0 .. b_{N-1}; gradient, adjoint: `inner_gradient` and `inner_adjoint` of L_MSE.
+    theta, target: theta*_t and theta*_{t+M}, [P]; images [n, ...]; lr: alpha_syn, a scalar tensor; steps: the N pairs
+    (b_n, y_n) of image indices and what belongs to them, rows of Z_syn for L_MSE; gradient, adjoint: `inner_gradient`
+    and `inner_adjoint` of the loss.
 
-    Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, z_{b_n});  all N + 1 are kept.
+    Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, y_n);  all N + 1 are kept.
     Backward, with    v_n = dL_DD / dtheta_n:
         v_N = 2 (theta_N - target) / ||theta_0 - target||^2                                   (Eq. 4)
         v_n = (I - lr H_n)^T v_{n+1} = v_{n+1} - lr H_n v_{n+1}                 (H_n is symmetric)
@@ -282,14 +318,14 @@ def matching_gradient(gradient, adjoint, theta, target, images, representations,
     unit of Eq. 4's denominator.
     """
     thetas = [theta]
-    for batch in batches:
-        thetas.append(thetas[-1] - lr * gradient(thetas[-1], images[batch], representations[batch]))
+    for batch, y in steps:
+        thetas.append(thetas[-1] - lr * gradient(thetas[-1], images[batch], y))
 
     scale = (theta - target).square().sum()
     v = 2 * (thetas[-1] - target) / scale
     grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
-    for theta_n, batch in zip(reversed(thetas[:-1]), reversed(batches)):
-        hv, gx, gv = adjoint(theta_n, images[batch], representations[batch], v)
+    for theta_n, (batch, y) in zip(reversed(thetas[:-1]), reversed(steps)):
+        hv, gx, gv = adjoint(theta_n, images[batch], y, v)
         grad_images.index_add_(0, batch, gx * -lr)
         grad_lr -= gv
         v = v - lr * hv
@@ -344,13 +380,13 @@ def update(state, grad_images, grad_lr, step, pixel_lr, syn_lr_lr, momentum, cli
             "lr_velocity": lr_velocity, "medians": medians}, clipped
 
 
-def distill(gradient, adjoint, expert, experts, images, representations, iterations, trajectories, syn_steps,
+def distill(gradient, adjoint, expert, experts, images, targets, iterations, trajectories, syn_steps,
             match_epochs, max_start_epoch, pixel_lr, syn_lr, syn_lr_lr, momentum, batch_size, clip, seed, log,
             checkpoint, snapshot=lambda iteration, images, lr: None):
     """Algorithm 1, lines 4 to 19. Returns the distilled images [n, 3, H, W], the learned rate and the iterations done.
 
     gradient, adjoint: see `matching_gradient`. expert(i): trajectory i of `experts`, [T + 1, P], on any device.
-    images, representations: D_syn and Z_syn as initialised; Z_syn stays fixed.
+    images, targets: D_syn as initialised and Z_syn, which stays fixed (or what else `evaluation.targets_of` knows).
     trajectories: draws of expert and start epoch whose gradients an iteration averages, divided over the ranks; one in
     Algorithm 1. pixel_lr, syn_lr_lr, momentum, clip: see `update`. snapshot(iteration, images, lr) is called every
     1,000 iterations.
@@ -378,8 +414,9 @@ def distill(gradient, adjoint, expert, experts, images, representations, iterati
         for i, t, batches in draw(s)[rank()::ranks()]:                                  # lines 6, 7 and 10 - 12
             theta, target, *batches = (x.to(device, non_blocking=True)                  # lines 8, 9
                                        for x in (expert(i)[t], expert(i)[t + match_epochs], *batches))
-            results.append(matching_gradient(gradient, adjoint, theta, target, images, representations, lr,
-                                             batches))                                             # lines 13 - 17
+            steps = [(b, evaluation.targets_of(targets, b, stream(seed, "distill views", s, len(results), rank(), n)))
+                     for n, b in enumerate(batches)]
+            results.append(matching_gradient(gradient, adjoint, theta, target, images, lr, steps))  # lines 13 - 17
         loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
         new, clipped = update(state, grad_images, grad_lr, s, pixel_lr, syn_lr_lr, momentum, clip)      # line 18
         # Whether all is well is decided on the device: the host does not wait, and a bad update is never made.
@@ -495,13 +532,16 @@ class Run:
     experts); `set_dir` below it holds one distilled set."""
 
     def __init__(self, args, settings, device):
-        self.settings, self.seed, self.force, self.compile = settings, args.seed, args.force, args.compile
+        self.settings, self.seed, self.force = settings, args.seed, args.force
+        # Augmentations are other functions in every step, which cannot be compiled once.
+        self.compile = "off" if settings["objective"] == "ssl" else args.compile
         self.data_dir, self.minutes, self.device = args.data_dir, args.checkpoint_minutes, device
         self.dataset_name = args.dataset
         with rank_0_first():                                                         # one rank downloads and decodes
             self.dataset = load_dataset(args.dataset, args.data_dir, settings["image_size"], self.device,
                                         settings["train_images"])
-        self.run_dir = Path(args.run_dir or Path("runs") / self.dataset.name)
+        system = "" if settings["objective"] == "kd" else f"_{settings['objective']}"
+        self.run_dir = Path(args.run_dir or Path("runs") / (self.dataset.name + system))
         self.set_dir = self.run_dir / f"{settings['percent']:g}pct_{settings['init']}"
         self.size = math.floor(len(self.dataset.train_images) * settings["percent"] / 100 + 1e-9)
         if not 1 <= self.size <= len(self.dataset.train_images):
@@ -523,10 +563,15 @@ class Run:
         values = {k: self.settings[k] for k, (s, *_) in SETTINGS.items() if s in upstream}
         if "trajectories_per_step" in values:
             values["trajectories_per_step"] *= ranks()           # two ranks with one each are one rank with two
+        without_teacher = self.settings["objective"] != "kd"
+        if self.representations_file or without_teacher:
+            kept = ("crop_scale", "gray") if self.settings["objective"] == "ssl" else ()
+            values = {k: v for k, v in values.items() if SETTINGS[k][0] != "teacher" or k in kept}
         if self.representations_file:
-            values = {k: v for k, v in values.items() if SETTINGS[k][0] != "teacher"}
             values["representations_file"] = fingerprint(Path(self.representations_file))
-        reads = {} if stage == "teacher" else {"representations": self.run_dir / "representations.pt"}
+        reads = {"representations": self.run_dir / "representations.pt"}
+        if stage == "teacher" or without_teacher:
+            reads = {}
         if stage in ("distill", "eval"):
             reads["initial_images"] = self.set_dir / "init.pt"
         for path in reads.values():
@@ -608,6 +653,8 @@ class Run:
 def teacher_stage(run):
     """Trains the teacher and encodes the data: teacher.pt, representations.pt [n, d], representations_test.pt."""
     s, data, folder = run.settings, run.dataset, run.run_dir
+    if s["objective"] != "kd":
+        return print(f"teacher: --objective {s['objective']} needs none", flush=True)
     given = run.representations_file and read_representations(run.representations_file, len(data.train_images))
     run.claim("teacher", "teacher*.pt", "representations*.pt")
     if (folder / "representations.pt").exists():
@@ -699,34 +746,32 @@ def experts_stage(run):
     missing = from_rank_0([i for i in range(s["experts"]) if not whole(expert_file(folder, i))])
     if not missing:
         return
-    z = load(folder / "representations.pt").to(run.device)
-    model, f = student(run, z.shape[1])
-    size, P = s["expert_batch"], flat_parameters(model).numel()
-    epochs = s["expert_epochs"]
-    steps = math.ceil(len(missing) / ranks()) * epochs * math.ceil(len(z) / size)
+    targets, d = evaluation.student_targets(s, data, folder)
+    (model, f), n = student(run, d), len(data.train_images)
+    size, P, epochs = min(s["expert_batch"], n), flat_parameters(model).numel(), s["expert_epochs"]
+    steps = math.ceil(len(missing) / ranks()) * epochs * math.ceil(n / size)
     print(f"experts: {len(missing)} of {epochs} epochs, {len(missing) * (epochs + 1) * P * 4 / 1e6:.0f} MB on disk",
           flush=True)
     require_space(folder, len(missing) * (epochs + 1) * P * 4, "experts: the trajectories")
-    run.require_step_memory("experts", model, min(size, len(z)), "--expert-batch")
-    theta = flat_parameters(model)
-    step = sgd_step(kd_loss(f), s["expert_momentum"], s["expert_decay"])
-    example = theta, torch.zeros_like(theta), data.batch(data.train_images[:size]), z[:size], s["expert_lr"]
+    run.require_step_memory("experts", model, size, "--expert-batch")
+    theta, first = flat_parameters(model), torch.arange(size, device=run.device)
+    step, state = optimizer_of(student_loss(f), s, theta)
+    example = theta, state, data.batch(data.train_images[:size]), evaluation.targets_of(targets, first, 0), s["expert_lr"]
     step = run.speed_up("experts")(step, example, steps)
     missing = missing[rank()::ranks()]
     run.log.start()
     for done, i in enumerate(missing):
-        theta = flat_parameters(build(lambda: student(run, z.shape[1])[0], run.seed, "expert", i))
+        theta = flat_parameters(build(lambda: student(run, d)[0], run.seed, "expert", i))
         path = expert_file(folder, i)
         with Checkpoint(path.with_suffix(".checkpoint"), run.minutes, every_rank=True) as checkpoint:
-            trajectory = train_expert(step, theta, data.train_images, z, data.batch, epochs, s["expert_lr"], size,
-                                      stream(run.seed, "expert", i), checkpoint)
+            trajectory = train_expert(step, theta, torch.zeros_like(state), data.train_images, targets, data.batch, epochs,
+                                      s["expert_lr"], size, stream(run.seed, "expert", i), checkpoint)
         if not trajectory[-1].isfinite().all():
             raise InputError(f"experts: expert {i} diverged (lower --expert-lr, now {s['expert_lr']})")
         save(path, trajectory)
         checkpoint.remove()
         if run.log.due() or done + 1 == len(missing):
-            losses = [loss_per_image(f, [theta.to(run.device)], data.train_images[:1000], z[:1000], data.batch).mean()
-                      for theta in trajectory]
+            losses = [mean_loss(f, theta.to(run.device), data.train_images, targets, data.batch) for theta in trajectory]
             run.log("experts", done + 1, len(missing), unit="expert",
                     loss_per_epoch=" ".join(f"{loss:.4f}" for loss in losses))
 
@@ -747,23 +792,24 @@ def whole(path):
 
 def init_stage(run):
     """Chooses the initial distilled set: SET/init.pt, their indices and the loss of every training image."""
-    s, data, folder = run.settings, run.dataset, run.run_dir
-    z = load(folder / "representations.pt")
+    s, data, folder, n = run.settings, run.dataset, run.run_dir, len(run.dataset.train_images)
+    z, d = evaluation.student_targets(s, data, folder)
     run.claim("init", "init.pt")
     if rank() or (run.set_dir / "init.pt").exists():
         return
-    model, f = student(run, z.shape[1])
+    chosen = torch.randperm(n, generator=generator(run.seed, "init"))[:run.size]
+    if s["objective"] != "kd":                                               # section 4.2's loss is to the teacher
+        return save(run.set_dir / "init.pt", {"indices": chosen})
+    model, f = student(run, d)
     example = flat_parameters(model), data.batch(data.train_images[:evaluation.CHUNK])
     seconds = [seconds_a_call(torch.no_grad()(f), example) for _ in range(2)][-1]
     chunks = s["experts"] * math.ceil(len(z) / evaluation.CHUNK)
     print(f"init: the loss of {len(z)} images under {s['experts']} experts, about {duration(seconds * chunks)}, "
           f"{len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
     thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
-    losses = loss_per_image(f, thetas, data.train_images, z.to(run.device), data.batch).cpu()
+    losses = loss_per_image(f, thetas, data.train_images, z, data.batch).cpu()
     if s["init"] == "high_loss":
         chosen = evaluation.highest(losses, run.size)
-    else:
-        chosen = torch.randperm(len(z), generator=generator(run.seed, "init"))[:run.size]
     save(run.set_dir / "init.pt", {"indices": chosen, "losses": losses})
 
 
@@ -777,11 +823,11 @@ def distill_stage(run):
         if done > s["iterations"]:
             print(f"distill: {result} has {done} iterations already; earlier ones are in distilled_*.pt", flush=True)
         return
-    z = load(run.run_dir / "representations.pt")
+    targets, d = evaluation.student_targets(s, data, run.run_dir)
     chosen = load(folder / "init.pt")["indices"]
     images = data.batch(data.train_images[chosen.to(run.device)])
-    z_syn = z[chosen].to(run.device)
-    model, f = student(run, z.shape[1])
+    targets = targets if callable(targets) else targets[chosen.to(run.device)]                              # Z_syn
+    model, f = student(run, d)
     trajectories = [load(expert_file(run.run_dir, i), mmap=True) for i in range(s["experts"])]
     if run.device.type != "cpu" and s["experts"] * trajectories[0].nbytes < free_memory(run.device) / 2:
         trajectories = [t.to(run.device) for t in trajectories]              # then no iteration waits for the disk
@@ -792,14 +838,15 @@ def distill_stage(run):
     run.require_step_memory("distill", model, 2 * size, "--syn-batch or --syn-steps",          # there and back, twice
                             beside=4 * (s["syn_steps"] * trajectories[0].shape[1] + 4 * images.numel()))
     theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
-    gradient = speed_up(inner_gradient(kd_loss(f)), (theta, images[:size], z_syn[:size]), steps, name="gradient")
-    adjoint = speed_up(inner_adjoint(kd_loss(f)), (theta, images[:size], z_syn[:size], theta.clone()), steps,
-                       name="adjoint")
+    example = theta, images[:size], evaluation.targets_of(targets, torch.arange(size, device=run.device), 0)
+    gradient = speed_up(inner_gradient(student_loss(f)), example, steps, name="gradient")
+    adjoint = speed_up(inner_adjoint(student_loss(f)), (*example, theta.clone()), steps, name="adjoint")
 
     def write(iteration, images, lr, path):
         if rank():
             return
-        save(path, {"images": images.cpu().contiguous(), "representations": z_syn.cpu(), "lr": lr.item(),
+        y = {"kd": "representations", "ce": "labels"}.get(s["objective"])
+        save(path, {"images": images.cpu().contiguous(), **({y: targets.cpu()} if y else {}), "lr": lr.item(),
                     "mean": data.mean, "std": data.std, "indices": chosen, "dataset": run.dataset_name,
                     "percent": s["percent"], "iterations": iteration})
 
@@ -808,7 +855,7 @@ def distill_stage(run):
 
     with Checkpoint(folder / "distill_checkpoint.pt", run.minutes) as checkpoint:
         final, lr, done = distill(
-            gradient, adjoint, lambda i: trajectories[i], s["experts"], images, z_syn, s["iterations"],
+            gradient, adjoint, lambda i: trajectories[i], s["experts"], images, targets, s["iterations"],
             trajectories=s["trajectories_per_step"] * ranks(), syn_steps=s["syn_steps"],
             match_epochs=s["match_epochs"], max_start_epoch=s["max_start_epoch"], pixel_lr=s["pixel_lr"],
             syn_lr=s["syn_lr"], syn_lr_lr=s["syn_lr_lr"], momentum=s["syn_momentum"], batch_size=s["syn_batch"],
@@ -841,7 +888,8 @@ def eval_stage(run):
     if not run.dataset.labelled:
         return print(f"eval: {run.dataset.name} has no labels in both splits; to probe on another data set:\n"
                      f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
-    evaluation.evaluate(run.set_dir, data_dir=run.data_dir, device=run.device, compile=run.compile,
+    sets = [name for name in evaluation.DEFAULT_SETS if run.settings["objective"] == "kd" or "high_loss" not in name]
+    evaluation.evaluate(run.set_dir, sets, data_dir=run.data_dir, device=run.device, compile=run.compile,
                         reference="random")
     print(f"\n{(run.set_dir / 'results.md').read_text()}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
@@ -854,14 +902,14 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 # ------------------------------------------------------------------------------------------------------------
 # Bench: what the run will cost on this machine
 # ------------------------------------------------------------------------------------------------------------
-def unrolled_gradient(loss, theta, target, images, representations, lr, batches):
+def unrolled_gradient(loss, theta, target, images, lr, steps):
     """What `matching_gradient` computes, as other implementations do: back-propagation through all N steps at once.
 
     Equal up to rounding; its memory grows with N. For comparison only. Returns (loss, images' and rate's gradient).
     """
     images, lr, theta_n = (x.detach().requires_grad_() for x in (images, lr, theta))
-    for batch in batches:
-        g, = torch.autograd.grad(loss(theta_n, images[batch], representations[batch]), theta_n, create_graph=True)
+    for batch, y in steps:
+        g, = torch.autograd.grad(loss(theta_n, images[batch], y), theta_n, create_graph=True)
         theta_n = theta_n - lr * g
     value = (theta_n - target).square().sum() / (theta - target).square().sum()
     return value.detach(), *torch.autograd.grad(value, (images, lr))
@@ -890,7 +938,7 @@ def steps_to_time(run, z):
     teacher = torch.nn.Sequential(encoder, models.projector(s["ssl"], encoder.feature_dim))
     teacher = teacher.to(run.device).to(memory_format=torch.channels_last)
     model, f = student(run, z.shape[1])
-    loss, theta = kd_loss(f), flat_parameters(model)
+    loss, theta = student_loss(f), flat_parameters(model)
     real, expert, syn, chunk = (data.train_images[:min(count, limit)] for count, limit in (
         (s["teacher_batch"], n), (s["expert_batch"], n), (s["syn_batch"], run.size), (evaluation.CHUNK, n)))
     x, x_expert, views = data.batch(syn), data.batch(expert), data.batch(real).repeat(2, 1, 1, 1)
@@ -944,7 +992,7 @@ def compare_gradients(run, z, gradient, adjoint):
     plain, theta = copy.deepcopy(model), flat_parameters(model)
     plain.norms = torch.nn.ModuleList(torch.nn.GroupNorm(s["width"], s["width"]) for _ in plain.norms).to(run.device)
     versions = {"exact adjoint": functools.partial(matching_gradient, gradient, adjoint),
-                "unrolled": functools.partial(unrolled_gradient, kd_loss(functional(plain)))}
+                "unrolled": functools.partial(unrolled_gradient, student_loss(functional(plain)))}
     images, target = run.dataset.batch(run.dataset.train_images[:run.size]), theta + 0.01 * torch.randn_like(theta)
     rows = []
     for name, version in versions.items():
@@ -954,8 +1002,8 @@ def compare_gradients(run, z, gradient, adjoint):
                 print(f"{name}, N = {N}: left out, it needs {growth * N / 1e9:.0f} GB")
                 break
             batches = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
-            batches = [batch.to(run.device) for batch in batches]
-            example = theta, target, images, z[:run.size], torch.tensor(s["syn_lr"], device=run.device), batches
+            steps = [(batch.to(run.device), z[:run.size][batch]) for batch in batches]
+            example = theta, target, images, torch.tensor(s["syn_lr"], device=run.device), steps
             version(*example)
             seconds, peak = measure(version, example)
             rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N,
@@ -968,6 +1016,8 @@ def compare_gradients(run, z, gradient, adjoint):
 def bench_stage(run):
     """Runs a few warm steps of every stage, prints what the whole run will take, and writes SET/bench.json."""
     s, n = run.settings, len(run.dataset.train_images)
+    if s["objective"] != "kd":
+        raise InputError(f"bench: it measures MKDT itself, --objective kd, not {s['objective']}")
     given = run.representations_file and read_representations(run.representations_file, n)
     z = torch.randn(n, 8 * s["teacher_width"], device=run.device) if given is None else given.to(run.device)
     d, rows, made = z.shape[1], [], {}
@@ -1029,6 +1079,7 @@ def resolve(dataset, given):
         settings.update(SIMCLR)
     settings.update(DATASETS[known])
     settings.update(ROWS[known, row])
+    settings.update(OBJECTIVES.get(given.get("objective"), {}))
     # Only epochs 0 .. T+ + M of an expert are ever read; the rate is constant, so training may stop at the largest
     # T+ + M of the data set's rows and the trajectories are those of longer training.
     settings["expert_epochs"] = max(row["max_start_epoch"] + row["match_epochs"]
@@ -1064,9 +1115,11 @@ def check_settings(settings):
         raise InputError(f"T+ + M = {last_read} lies beyond the experts' last epoch, {settings['expert_epochs']}: "
                          f"raise --expert-epochs to {last_read}")
     for name, choices in (("ssl", ("barlow", "simclr")), ("init", ("high_loss", "random")),
-                          ("bf16", ("auto", "on", "off"))):
+                          ("bf16", ("auto", "on", "off")), ("objective", tuple(OBJECTIVES))):
         if settings[name] not in choices:
             raise InputError(f"--{name} {settings[name]} must be one of {', '.join(choices)}")
+    if settings["init"] == "high_loss" and settings["objective"] != "kd":
+        raise InputError("--init high_loss needs the loss to a teacher, --objective kd: give --init random")
 
 
 def parse(argv):

@@ -6,6 +6,7 @@ stage stands on: named random numbers, compilation, devices and processes.
     projector               the heads of the two self-supervised losses (appendix A.1)
     barlow_twins_loss       Eq. 1
     nt_xent_loss            SimCLR's loss (Chen et al. 2020), for Table 6
+    objective               what a student minimises: Eq. 5, cross-entropy, or SimCLR's loss (Fig. 1)
     functional, flat_parameters   a network as a function of one flat parameter vector theta
     join_ranks, average_over_ranks, ...   several processes, as torchrun starts them
 
@@ -207,7 +208,8 @@ def nt_xent_loss(z1, z2, temperature=0.5):
     image; the remaining 2B - 2 views are its negatives.
     """
     z = F.normalize(torch.cat([z1, z2]))                                       # [2B, d]
-    similarity = (z @ z.T / temperature).fill_diagonal_(float("-inf"))         # a view is no negative of itself
+    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    similarity = (z @ z.T / temperature).masked_fill(itself, float("-inf"))    # a view is no negative of itself
     positive = torch.arange(len(z), device=z.device).roll(len(z1))             # i <-> i + B
     return F.cross_entropy(similarity, positive)
 
@@ -216,6 +218,18 @@ def self_supervised_loss(z1, z2, ssl, lambd, temperature):
     """`barlow_twins_loss` or, for ssl "simclr", `nt_xent_loss`, in float32: L_SSL of Eq. 6."""
     z1, z2 = z1.float(), z2.float()
     return barlow_twins_loss(z1, z2, lambd) if ssl == "barlow" else nt_xent_loss(z1, z2, temperature)
+
+
+def objective(f, x, y):
+    """What a student f minimises on a batch x [B, 3, H, W] of normalised images; y says which.
+
+    The teacher's representations, float [B, d]: their mean squared error over batch and dimensions, L_KD of Eq. 5.
+    Labels, int64 [B]: cross-entropy, what MTT (Cazenavette et al. 2022) matches the trajectories of.
+    Two augmentations, functions of x: SimCLR's loss of the two views they give, MTT-SSL's (appendix F).
+    """
+    if isinstance(y, tuple):
+        return nt_xent_loss(*(f(augment(x)) for augment in y))
+    return F.mse_loss(f(x), y) if y.is_floating_point() else F.cross_entropy(f(x), y)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -493,15 +493,16 @@ def problem(n=10, d=4, width=4, dtype=torch.float64):
     model = models.build(lambda: models.ConvNet(d, 8, width, depth=2), 0, "test").to(dtype)
     f = models.functional(model)
     g = torch.Generator().manual_seed(0)
-    return (f, mkdt.kd_loss(f), models.flat_parameters(model), torch.randn(n, 3, 8, 8, generator=g, dtype=dtype),
+    return (f, mkdt.student_loss(f), models.flat_parameters(model), torch.randn(n, 3, 8, 8, generator=g, dtype=dtype),
             torch.randn(n, d, generator=g, dtype=dtype))
 
 
 def test_sgd_step_is_torchs_and_experts_keep_copies():
     f, loss, theta, images, z = problem()
     step = mkdt.sgd_step(loss, momentum=0.9, decay=1e-4)
-    trajectory = mkdt.train_expert(step, theta, images, z, lambda x: x, epochs=3, lr=0.1, batch_size=4, seed=5)
-    again = mkdt.train_expert(step, theta, images, z, lambda x: x, epochs=2, lr=0.1, batch_size=4, seed=5)
+    still = torch.zeros_like(theta)
+    trajectory = mkdt.train_expert(step, theta, still, images, z, lambda x: x, epochs=3, lr=0.1, batch_size=4, seed=5)
+    again = mkdt.train_expert(step, theta, still, images, z, lambda x: x, epochs=2, lr=0.1, batch_size=4, seed=5)
     assert trajectory.shape == (4, len(theta)) and torch.equal(trajectory[:3], again)    # shorter training: a prefix
     assert torch.equal(trajectory[0], theta)
     assert all(not torch.equal(a, b) for a, b in zip(trajectory, trajectory[1:]))        # nothing aliases live weights
@@ -564,12 +565,12 @@ def test_high_loss_subset_by_hand():
 # ------------------------------------------------------------------------------------------------------------
 # The matching gradient and distillation
 # ------------------------------------------------------------------------------------------------------------
-def unrolled_gradient(loss, theta, target, images, z, lr, batches):
+def unrolled_gradient(loss, theta, target, images, lr, steps):
     """The oracle: Eq. 4 as one function of images and rate, Eq. 8 inside it, differentiated as a whole."""
     def matching_loss(images, lr):
         end = theta
-        for batch in batches:
-            end = end - lr * torch.func.grad(loss)(end, images[batch], z[batch])
+        for batch, y in steps:
+            end = end - lr * torch.func.grad(loss)(end, images[batch], y)
         return (end - target).square().sum() / (theta - target).square().sum()
     (grad_images, grad_lr), value = torch.func.grad_and_value(matching_loss, argnums=(0, 1))(images, lr)
     return value, grad_images, grad_lr
@@ -580,7 +581,7 @@ def matching_problem(steps, dtype=torch.float64):
     target = theta + 0.1 * torch.randn(len(theta), generator=torch.Generator().manual_seed(3), dtype=dtype)
     # 10 images in batches of 4: short last batches, and from the fourth step on images that come again
     batches = mkdt.draw_batches(10, steps, 4, torch.Generator().manual_seed(4))
-    return loss, theta, target, images, z, torch.tensor(0.5, dtype=dtype), batches
+    return loss, theta, target, images, torch.tensor(0.5, dtype=dtype), [(batch, z[batch]) for batch in batches]
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
@@ -601,7 +602,8 @@ def test_matching_gradient_in_float32():
 
 def test_compiled_matching_gradient_is_exact_enough_and_compiled_once_per_batch_size():
     loss, *rest = matching_problem(6, torch.float32)
-    exact = unrolled_gradient(loss, *(x.double() if torch.is_tensor(x) else x for x in rest))
+    *tensors, steps = rest
+    exact = unrolled_gradient(loss, *(x.double() for x in tensors), [(batch, y.double()) for batch, y in steps])
     gradient, adjoint = (torch.compile(g(loss), fullgraph=True, dynamic=False)
                          for g in (mkdt.inner_gradient, mkdt.inner_adjoint))
     result = mkdt.matching_gradient(gradient, adjoint, *rest)             # batches of 4 and of 2: two graphs each
@@ -631,13 +633,55 @@ def test_dropping_the_later_steps_terms_is_another_gradient():
 
 def test_inner_step_by_hand_on_a_linear_model():
     # L = mean((theta * x - z)^2), one image: theta' = theta - lr * 2 x (theta x - z)
-    loss = mkdt.kd_loss(lambda theta, x: theta * x)
+    loss = mkdt.student_loss(lambda theta, x: theta * x)
     theta, x, z, lr, target = (torch.tensor([v], dtype=torch.float64) for v in (0.5, 2.0, 3.0, 0.1, 1.5))
     stepped = 0.5 - 0.1 * 2 * 2 * (0.5 * 2 - 3)
     value, _, grad_lr, _ = mkdt.matching_gradient(mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), theta, target,
-                                                  x, z, lr[0], [torch.tensor([0])])
+                                                  x, lr[0], [(torch.tensor([0]), z)])
     assert float(value) == pytest.approx((stepped - 1.5) ** 2 / 1.0)
     assert float(grad_lr) == pytest.approx(2 * (stepped - 1.5) * -(2 * 2 * (0.5 * 2 - 3)))
+
+
+@pytest.mark.parametrize("system", ["ce", "ssl"])
+def test_matching_gradient_is_exact_for_the_other_objectives(tmp_path, system):
+    f, loss, theta, images, z = problem()
+    if system == "ce":
+        targets = torch.arange(10) % 4
+    else:
+        np.savez(tmp_path / "x.npz", train_images=np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3), np.uint8))
+        targets = data.augmentations(data.load_dataset(str(tmp_path / "x.npz")), 0.3, 0.2)
+    target = theta + 0.1 * torch.randn(len(theta), generator=torch.Generator().manual_seed(3), dtype=theta.dtype)
+    batches = mkdt.draw_batches(10, 5, 4, torch.Generator().manual_seed(4))
+    steps = [(b, evaluation.targets_of(targets, b, n)) for n, b in enumerate(batches)]
+    rest = theta, target, images, torch.tensor(0.5, dtype=theta.dtype), steps
+    result = mkdt.matching_gradient(mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), *rest)
+    for ours, oracle in zip(result, unrolled_gradient(loss, *rest)):
+        assert oracle.norm() > 0 and relative(ours, oracle) < 1e-9
+    again = [(b, evaluation.targets_of(targets, b, n + 1)) for n, b in enumerate(batches)]             # other draws
+    other = unrolled_gradient(loss, *rest[:-1], again)
+    assert (relative(other[1], result[1]) > 1e-3) == (system == "ssl")
+
+
+def test_adam_step_is_torchs():
+    _, loss, theta, images, z = problem()
+    step, p = mkdt.adam_step(loss, 1e-2), theta.clone().requires_grad_()
+    optimizer, state = torch.optim.Adam([p], 1e-3, weight_decay=1e-2), torch.zeros(2 * len(theta) + 1, dtype=theta.dtype)
+    for _ in range(5):
+        theta, state = step(theta, state, images, z, 1e-3)
+        optimizer.zero_grad()
+        loss(p, images, z).backward()
+        optimizer.step()
+    assert relative(theta, p.detach()) < 1e-12
+
+
+def test_objectives_by_what_the_targets_are():
+    f, loss, theta, images, z = problem()
+    out, y = f(theta, images), torch.arange(10) % 4
+    views = (lambda x: x.flip(-1), lambda x: 2 * x)
+    assert torch.allclose(loss(theta, images, z), ((out - z) ** 2).sum() / 40)
+    assert torch.allclose(loss(theta, images, y), -torch.log_softmax(out, 1)[range(10), y].mean())
+    assert torch.allclose(loss(theta, images, views),
+                          models.nt_xent_loss(f(theta, images.flip(-1)), f(theta, 2 * images)))
 
 
 def test_batches_are_permutations_cut_up():
@@ -669,7 +713,7 @@ def run_distill(tmp_path, iterations, seed=0, name="a", **changes):
     g = torch.Generator().manual_seed(1)
     real, z_real = torch.randn(40, 3, 8, 8, generator=g), torch.randn(40, 4, generator=g)
     step = mkdt.sgd_step(loss, 0.9, 0.0)
-    trajectory = mkdt.train_expert(step, theta, real, z_real, lambda x: x, 4, 0.05, 8, seed=0)
+    trajectory = mkdt.train_expert(step, theta, torch.zeros_like(theta), real, z_real, lambda x: x, 4, 0.05, 8, seed=0)
     settings = dict(trajectories=1, syn_steps=6, match_epochs=2, max_start_epoch=2, pixel_lr=3.0, syn_lr=0.1,
                     syn_lr_lr=1e-3, momentum=0.5, batch_size=8, clip=0.0)
     return mkdt.distill(mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), lambda i: trajectory, 1, images, z,
@@ -1057,8 +1101,8 @@ def test_distribution_matching_draws_the_mean_features_together(tmp_path):
     images = torch.zeros(12, 3, 16, 16)
 
     def distil(name, iterations):
-        return evaluation.distribution_matching(make, images, dataset.train_images, dataset, 0.5, 0.2, iterations, 0,
-                                                data.Log(interval=1e9), data.Checkpoint(tmp_path / name, minutes=0))
+        return evaluation.distribution_matching(make, images, dataset.train_images, dataset.batch,
+                                                data.augmentations(dataset, 0.5, 0.2), iterations, 0, data.Log(interval=1e9), data.Checkpoint(tmp_path / name, minutes=0))
 
     def distance(images):
         judges = [models.build(make, 7, k).features for k in range(5)]
@@ -1534,6 +1578,7 @@ def test_every_setting_changes_something(tmp_path, monkeypatch):
             assert mkdt.main(argv) == 0, changes
         return outcome(tmp_path / name)
     base, simclr = run("base"), run("simclr", "--ssl", "simclr")
+    assert differ(base, run("objective", "--objective", "ce"))
     judged = run("judged", "--pretrain-epochs", "1")
     changed = {
         "train_images": 80, "teacher_width": 2, "teacher_epochs": 2, "teacher_batch": 16, "teacher_lr": 0.02,
@@ -1542,7 +1587,7 @@ def test_every_setting_changes_something(tmp_path, monkeypatch):
         "init": "random", "percent": 20, "syn_steps": 3, "match_epochs": 2, "max_start_epoch": 0, "pixel_lr": 1,
         "syn_lr": 0.2, "syn_lr_lr": 1e-3, "syn_momentum": 0, "syn_batch": 5, "clip": 0, "trajectories_per_step": 2,
         "iterations": 7, "pretrain_epochs": 2, "pretrain_batch": 3, "pretrain_lr": 0.01}
-    assert {*changed, "ssl", "temperature", "image_size"} == mkdt.SETTINGS.keys()
+    assert {*changed, "ssl", "objective", "temperature", "image_size"} == mkdt.SETTINGS.keys()
     for name, value in changed.items():
         more = ["--expert-epochs", "3"] if name == "match_epochs" else []
         begin = "judged" if "pretrain" in name else "base"
@@ -1932,6 +1977,35 @@ def test_bad_evaluation_flags_are_one_clear_line(finished, capsys, flags, messag
     assert evaluation.main(argv) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("system", ["ce", "ssl"])
+def test_other_objectives_run_end_to_end(tmp_path, system, capsys):
+    np.savez(tmp_path / "x.npz", **data.make_shapes(100, 100, size=16))
+    argv = ["--dataset", str(tmp_path / "x.npz"), *SMALLEST, "--objective", system, "--run-dir", str(tmp_path / "run"),
+            "--percent", "10", "--pretrain-epochs", "5", "--pretrain-batch", "10"]
+    assert mkdt.main(argv) == 0
+    assert "needs none" in capsys.readouterr().out and not (tmp_path / "run/teacher.pt").exists()
+    folder = tmp_path / "run/10pct_random"
+    d, losses = data.load(folder / "distilled.pt"), data.load(folder / "init.pt")
+    dataset = data.load_dataset(str(tmp_path / "x.npz"))
+    assert "representations" not in d and "losses" not in losses and ("labels" in d) == (system == "ce")
+    if system == "ce":
+        assert torch.equal(d["labels"], dataset.train_labels[d["indices"]])
+    assert not torch.equal(d["images"], dataset.batch(dataset.train_images[d["indices"]]))
+    rows = {r["pretraining"]: r for r in data.read_json(folder / "results.json")}
+    assert rows.keys() == {"none", "random", "random@mkdt", "mkdt", "full"} and rows["mkdt"]["mse"] is None
+    assert len({tuple(r["accuracies"]) for r in rows.values()}) > 2
+    assert mkdt.main(argv) == 0                                                                      # nothing is made again
+    one = data.load(tmp_path / "run/experts/expert_000.pt")
+    (tmp_path / "run/experts/expert_000.pt").unlink()
+    assert mkdt.main(argv) == 0 and torch.equal(one, data.load(tmp_path / "run/experts/expert_000.pt"))
+    capsys.readouterr()
+    assert evaluation.main(["--run-dir", str(folder), "--sets", "high_loss", "--seeds", "0"]) == 2
+    assert "only runs with --objective kd" in capsys.readouterr().err
+    assert evaluation.main(["--run-dir", str(folder), "--sets", f"distilled:{folder}", "random:ssl", "--seeds", "0",
+                            "--ssl-epochs", "1"]) == (0 if system == "ce" else 2)
+    assert mkdt.main([*argv, "--init", "high_loss"]) == 2 and "--init random" in capsys.readouterr().err
 
 
 def test_representations_of_another_model(finished, tmp_path, capsys):
