@@ -1160,7 +1160,8 @@ def test_the_papers_values():
     assert paper["tinyimagenet", "2", "barlow", "convnet", "linear", "50", "mkdt", "tinyimagenet"] == (16.99, 0.25)  # 7
     assert paper["cifar100", "2", "barlow", "convnet", "finetune", "100", "random:ssl", "cars"] == (28.75, 0.23)    # 10
     assert paper["cifar100", "5", "barlow", "convnet", "linear", "5", "dm", "cub2011"] == (1.99, 0.13)              # 11
-    assert len(paper) == 7 * (12 + 16 + 10 + 18 + 8 + 12 + 18 + 3 + 4)
+    assert paper["cifar10", "5", "barlow", "convnet", "linear", "1", "mtt_ssl", "cifar10"] == (22.06, 1.86)         # 12
+    assert len(paper) == 7 * (12 + 16 + 10 + 18 + 8 + 12 + 18 + 3 + 4 + 4)
     tasks = {key[-1] for key in paper}
     assert tasks == {*evaluation.TASKS, "cars"} and all(t in data.OFFICIAL for t in tasks)
     assert {key[-2] for key in paper} <= evaluation.METHODS.keys()
@@ -1996,6 +1997,7 @@ def test_other_objectives_run_end_to_end(tmp_path, system, capsys):
     rows = {r["pretraining"]: r for r in data.read_json(folder / "results.json")}
     assert rows.keys() == {"none", "random", "random@mkdt", "mkdt", "full"} and rows["mkdt"]["mse"] is None
     assert len({tuple(r["accuracies"]) for r in rows.values()}) > 2
+    assert f"| {'MTT' if system == 'ce' else 'MTT-SSL'} |" in (folder / "results.md").read_text()
     assert mkdt.main(argv) == 0                                                                      # nothing is made again
     one = data.load(tmp_path / "run/experts/expert_000.pt")
     (tmp_path / "run/experts/expert_000.pt").unlink()
