@@ -160,6 +160,8 @@ class Checkpoint:
             signal.signal(number, handler)
 
     def _ask(self, *_):
+        if not self.writes:                                       # the rank that saves stops, torchrun ends the others
+            return
         if self.asked:                                                                     # a second time: without it
             raise KeyboardInterrupt
         self.asked = True
@@ -235,8 +237,9 @@ def require_space(folder, size, what):
 
 def free_memory(device):
     """Bytes of memory that are free: of the GPU, or of the machine (infinitely many where it does not tell)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":                       # what torch keeps for itself it gives out again
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     about = Path("/proc/meminfo")
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", about.read_text()).group(1)) if about.exists() else math.inf
 
@@ -559,7 +562,7 @@ def _folder(folder, list_files):
         except OSError as error:
             raise InputError(f"{error.filename} is missing: {root} is not the official folder; delete it to have it "
                              "fetched again, or put it there unpacked") from error
-        except (ValueError, KeyError, IndexError, struct.error, zlib.error) as error:
+        except Exception as error:                          # of any kind: the lists of a damaged or a strange folder
             raise InputError(f"the lists in {root} are not the official ones ({first_line(error)}): delete it to have "
                              "it fetched again") from error
         return _decode(splits, size)
@@ -694,7 +697,7 @@ def _rgb(image):
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}")
-        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+        image = Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     return image.convert("RGB")

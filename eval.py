@@ -39,8 +39,9 @@ import torch.nn.functional as F
 from data import (Checkpoint, Dataset, Log, augmentations, duration, fingerprint, hold, load, load_dataset, normalize,
                   read_json, save, save_json, shift_and_flip, to_download, two_views, write_file)
 from models import (ConvNet, InputError, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
-                    gather_from_ranks, generator, join_ranks, leave_ranks, objective, pick_device, projector, rank,
-                    rank_0_first, ranks, resnet10, resnet18, self_supervised_loss, stream, wait_for_ranks)
+                    gather_from_ranks, generator, join_ranks, leave_ranks, objective, out_of_memory, pick_device,
+                    projector, rank, rank_0_first, ranks, resnet10, resnet18, self_supervised_loss, stream,
+                    wait_for_ranks)
 
 # The sets to pre-train on. Any of them takes a rate of its own, random@0.3, or the learned one, random@mkdt.
 SETS = {
@@ -62,8 +63,9 @@ ENCODERS = {"convnet": ConvNet, "resnet10": lambda d, image_size, width: resnet1
 SSL = "random", "ssl"
 TASKS = ("cifar10", "tinyimagenet", "cifar100", "aircraft", "cub2011", "dogs", "flowers")        # Table 1's columns
 METHODS = {"none": "No Pre-Training", "random": "Random Subset", "random:ssl": "Random Subset (SSL)",
-           "sas": "SAS Subset", "high_loss": "High Loss Subset", "initial": "Initial Images", "krr_st": "KRR-ST", "dm": "DM (no labels)",
-           "mkdt_random": "MKDT (Rnd Sub)", "mkdt": "MKDT", "mtt_ssl": "MTT-SSL", "mtt": "MTT", "full": "Full Data"}                  # the tables' words
+           "sas": "SAS Subset", "high_loss": "High Loss Subset", "initial": "Initial Images", "krr_st": "KRR-ST",
+           "dm": "DM (no labels)", "mkdt_random": "MKDT (Rnd Sub)", "mkdt": "MKDT", "mtt_ssl": "MTT-SSL", "mtt": "MTT",
+           "full": "Full Data"}                                                                 # the tables' words
 
 
 class Diverged(InputError):
@@ -331,10 +333,10 @@ def distribution_matching(make, images, real_images, prepare, views, iterations,
         chosen = torch.randperm(len(syn), generator=rng)[:batch_size].to(syn.device)
         real = real_images[torch.randint(len(real_images), (len(chosen),), generator=rng).to(syn.device)]
         augment, _ = views(len(chosen), stream(seed, "dm", "views", step))
-        features = build(make, seed, "dm", step).to(syn.device).features
+        features = build(make, seed, "dm", step).to(syn.device).requires_grad_(False).features
         batch = syn[chosen].requires_grad_()
         ours, theirs = (features(augment(x)).mean(dim=0) for x in (batch, prepare(real)))
-        loss = (ours - theirs.detach()).square().sum()
+        loss = (ours - theirs).square().sum()
         velocity.mul_(momentum).index_add_(0, chosen, torch.autograd.grad(loss, batch)[0])
         syn -= lr * velocity
         if log.due() or checkpoint.due() or step + 1 == iterations:
@@ -449,15 +451,18 @@ def identity(name, source):
     kind, argument, rate = parse_set(name)
     if source.losses is None and kind in ("high_loss", *RIVALS):
         raise InputError(f"{kind} needs the teacher's representations, which only runs with --objective kd have")
+    if kind == "dm" and not (source.run_dir.parent / "teacher.pt").exists():
+        raise InputError("dm needs the teacher's weights, which runs with --representations do not have")
     s, own = source.settings, source.distilled
     depends = [kind, argument if kind == "random" else "", rate, s["width"], source.made_from, source.size]
     if kind != "none":
         depends += [s[k] for k in ("pretrain_epochs", "pretrain_batch", "pretrain_lr")]
     depends += {"high_loss": lambda: [source.losses], "initial": lambda: [own["indices"]],
-                "mkdt": lambda: [own["images"]], "krr_st": lambda: identity_of_rival(kind, s),
-                "dm": lambda: identity_of_rival(kind, s),
+                "mkdt": lambda: [own["images"]],
                 "subset": lambda: [read_indices(argument, len(source.dataset.train_images))],
                 "distilled": lambda: [*pretraining_set(name, 0, source)]}.get(kind, list)()
+    if kind in RIVALS:
+        depends += [s[k] for k in RIVALS[kind][1]]
     if (kind, argument) == SSL:
         depends += [s[k] for k in ("ssl", "ssl_epochs", "crop_scale", "gray", "lambd", "temperature")]
     if rate == "mkdt" or (kind == "mkdt" and not rate):
@@ -579,6 +584,8 @@ def read_distilled(path, pixels, mean, std):
         if not fits or not x.isfinite().all() or x.dim() == 4 and (x.shape[1] != 3 or x.shape[2] != x.shape[3]):
             raise InputError(f"distilled:{path}: its {what} must be finite {form}, a row for each image, not "
                              f"{list(x.shape) if torch.is_tensor(x) else type(x).__name__}")
+    if labels and not 0 <= int(z.min()) <= int(z.max()) < 100_000:
+        raise InputError(f"distilled:{path}: labels from {int(z.min())} to {int(z.max())}, not classes from 0 on")
     images, z = images.detach().float(), z if labels else z.detach().float()
     taken = known if pixels == "auto" and known else pixels
     if taken == "auto":
@@ -591,8 +598,8 @@ def read_distilled(path, pixels, mean, std):
 def distil_krr_st(source, images, chosen, log, checkpoint):
     """(images, targets) of the set `krr_st`, begun with `images`, the training images `chosen`."""
     iterations, z = source.settings["krr_iterations"], source.targets
-    return krr_st(source.encoder, images, z[chosen], source.dataset.train_images, z, source.dataset.batch, iterations, 0,
-                  log, checkpoint, online_steps=min(1000, iterations))
+    return krr_st(source.encoder, images, z[chosen], source.dataset.train_images, z, source.dataset.batch, iterations,
+                  0, log, checkpoint, online_steps=min(1000, iterations))
 
 
 def distil_dm(source, images, chosen, log, checkpoint):
@@ -607,14 +614,16 @@ def distil_dm(source, images, chosen, log, checkpoint):
     return images, encode(network.eval().to(images.device).features, images, lambda x: x)
 
 
-RIVALS = {"krr_st": distil_krr_st, "dm": distil_dm}
+# Sets distilled here: how, and by which settings, beside data, targets, width and size.
+RIVALS = {"krr_st": (distil_krr_st, ["krr_iterations"]), "dm": (distil_dm, ["dm_iterations", "crop_scale", "gray"])}
 
 
 def distil_rival(kind, source):
-    """(images, targets) of the set `kind` of RIVALS, as many as the run's: from its file in the run folder, or distilled
-    now from random images."""
+    """(images, targets) of the set `kind` of RIVALS, as many as the run's: from its file in the run folder, or
+    distilled now from random images."""
     s, data, n = source.settings, source.dataset, len(source.dataset.train_images)
-    made_from = fingerprint(s["width"], source.made_from, source.size, *identity_of_rival(kind, s))
+    distil, depends = RIVALS[kind]
+    made_from = fingerprint(s["width"], source.made_from, source.size, *(s[k] for k in depends))
     path = source.run_dir / f"{kind}_{made_from}.pt"
     if path.exists():
         saved = load(path)
@@ -622,16 +631,11 @@ def distil_rival(kind, source):
     chosen = torch.randperm(n, generator=generator(0, kind, "images"))[:source.size].to(data.train_images.device)
     print(f"{kind}: distilling {source.size} images", flush=True)
     with Checkpoint(path.with_name(f"{path.stem}_checkpoint.pt")) as checkpoint:
-        images, z = RIVALS[kind](source, data.batch(data.train_images[chosen]), chosen,
+        images, z = distil(source, data.batch(data.train_images[chosen]), chosen,
                                  Log(source.run_dir / "log.jsonl"), checkpoint)
     save(path, {"images": images.cpu(), "representations": z.cpu(), "lr": s["pretrain_lr"]})
     checkpoint.remove()
     return images, z
-
-
-def identity_of_rival(kind, settings):
-    """What the set `kind` of RIVALS depends on beside data, targets, width and size."""
-    return [settings[k] for k in {"krr_st": ["krr_iterations"], "dm": ["dm_iterations", "crop_scale", "gray"]}[kind]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -769,7 +773,12 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
                                             stratified, image_size, data_dir, device)
         for kind in dict.fromkeys(parse_set(name)[0] for name in sets):
             if kind in RIVALS:
-                source.own[kind] = distil_rival(kind, source)
+                try:
+                    source.own[kind] = distil_rival(kind, source)
+                except Diverged as error:                                    # the rest of the table is still made
+                    skipped[kind] = str(error)
+                    sets = [name for name in sets if parse_set(name)[0] != kind]
+                    print(f"eval: {kind} is left out: {error}", flush=True)
     task_data = {t: fingerprint(task.train_images, task.train_labels, task.test_images, task.test_labels)
                  for t, task in tasks.items()}
     results = Results(source, protocol, stratified, made_from, rivals, task_data, reference, skipped)
@@ -794,8 +803,8 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
             if ranks() > 1:
                 results.keep([score for part, _ in found for score in part])
             if rank() == 0 and (log.due() or done + ranks() >= len(todo)):
-                log("eval", min(done + ranks(), len(todo)), len(todo), unit="set", set=name, seed=seed,
-                    **{f"{t} {p:g}%": a for _, _, t, p, _, _, a, _ in scores})
+                log("eval", min(done + ranks(), len(todo)), len(todo), unit="set", set=todo[done][0],
+                    seed=todo[done][1], **{f"{t} {p:g}%": a for _, _, t, p, _, _, a, _ in scores})
     results.keep([])
     wait_for_ranks()                                                       # until rank 0 has written the results
     if any(clock.seconds.values()):
@@ -1087,6 +1096,8 @@ def rows_of(records, source):
     at = source.distilled["dataset"], f"{source.distilled['percent']:g}", s["ssl"], one["encoder"], one["protocol"]
     as_in_the_paper = not one["stratified"] and s["width"] == 128 and not s["train_images"]
     paper = paper_values() if as_in_the_paper else {}
+    if s.get("objective", "kd") != "kd":                  # the paper's baselines learn representations from a teacher
+        paper = {key: value for key, value in paper.items() if key[6] in ("none", "mtt_ssl")}
     with_mse, marked, beside = any(r["mse"] is not None for r in records), False, False
     columns = ["Labels", "Pre-training set", "Rate", *tasks, *["MSE to teacher"] * with_mse]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
@@ -1167,15 +1178,15 @@ TABLES = {
     "6": dict(runs=[f"{d}_simclr/2pct_high_loss" for d in ("cifar10", "cifar100")], sets=["random", "krr_st", "mkdt"]),
     "7": dict(runs=[f"{d}/2pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")], labels=[10, 50],
               sets=["random", "krr_st", "mkdt"]),
-    "11": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100")], sets=["dm"]),
-    "12": dict(runs=[f"{d}_ssl/5pct_random" for d in ("cifar10", "cifar100")], sets=["mkdt"]),
     "10": dict(runs=["cifar100/2pct_high_loss"], protocol="finetune", labels=[100],
                sets=["none", "random:ssl", "krr_st"],
                tasks=["cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers"]),
+    "11": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100")], sets=["dm"]),
+    "12": dict(runs=[f"{d}_ssl/5pct_random" for d in ("cifar10", "cifar100")], sets=["mkdt"]),
 }
 
-# Tables 1 - 7 and 10 - 12. Each block: pre-training data, distilled percent, teacher, encoder, protocol: the tasks; then a
-# row of means and deviations for each share of labels and method.
+# Tables 1 - 7 and 10 - 12. Each block: pre-training data, distilled percent, teacher, encoder, protocol: the tasks;
+# then a row of means and deviations for each share of labels and method.
 PAPER = """
 # cifar10 2 barlow convnet linear: cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers
 1 none 35.84 1.39  2.52 0.09  8.01 0.19  2.43 0.17  1.27 0.10  1.92 0.18  2.02 0.76
@@ -1358,7 +1369,8 @@ def parse(argv):
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                         help="torch.compile pre-training and encoding; auto: where it pays (default: auto)")
     parser.add_argument("--deterministic", action="store_true",
-                        help="bit-identical results on a GPU too, slower (on a CPU they always are)")
+                        help="bit-identical results, slower: no timing decides what is compiled, and on a GPU sums are "
+                             "taken in a fixed order")
     parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
     args = parser.parse_args(argv)
     table = TABLES.get(args.table, {})
@@ -1370,6 +1382,8 @@ def parse(argv):
     args.protocol = args.protocol or table.get("protocol", "linear")
     args.labels = args.labels or table.get("labels") or ([1, 5] if args.protocol == "linear" else [100])
     args.tasks = args.tasks or table.get("tasks") or (["all"] if args.table else [])
+    if args.deterministic and args.compile == "auto":                                    # which a timing would decide
+        args.compile = "off"
     return args
 
 
@@ -1378,7 +1392,8 @@ def main(argv=None):
     args = parse(argv)
     try:
         for flag, value, least in (("--ssl-epochs", args.ssl_epochs, 1), ("--krr-iterations", args.krr_iterations, 1),
-                                   ("--dm-iterations", args.dm_iterations, 1), ("--image-size", args.image_size or 8, 8)):
+                                   ("--dm-iterations", args.dm_iterations, 1),
+                                   ("--image-size", args.image_size or 8, 8)):
             if value < least:
                 raise InputError(f"{flag} {value} must be at least {least}")
         device = join_ranks(pick_device(args.device, args.deterministic))
@@ -1405,7 +1420,9 @@ def main(argv=None):
     except InputError as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         print(f"eval.py: out of memory ({first_line(error)}): use a smaller encoder, or --tasks one by one",
               file=sys.stderr)
         return 2

@@ -40,8 +40,8 @@ from data import (Checkpoint, Log, denormalize, duration, fingerprint, free_memo
                   read_json, require_memory, require_space, save, save_json, two_views, write_file)
 from models import (ConvNet, InputError, activation_bytes, average_over_ranks, build, compile_if_it_pays, first_line,
                     flat_parameters, from_rank_0, functional, generator, join_ranks, leave_ranks, objective,
-                    pick_device, rank, rank_0_first, ranks, rows_of_all_ranks, seconds_a_call, self_supervised_loss,
-                    stream, wait_for_ranks)
+                    out_of_memory, pick_device, rank, rank_0_first, ranks, rows_of_all_ranks, seconds_a_call,
+                    self_supervised_loss, stream, wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -50,7 +50,7 @@ from models import (ConvNet, InputError, activation_bytes, average_over_ranks, b
 # meaning. Each is a flag (--syn-steps 40) and is kept in the run folder's config.json. A stage depends on its own
 # settings and on those of the stages above it.
 SETTINGS = {
-    "train_images":       ("data", 0, "use only the first so many training images; 0 for all"),
+    "train_images":       ("data", 0, "use only the first so many training images, of folders: classes; 0 for all"),
     "image_size":         ("data", 0, "side in pixels to which images are squashed; 0: their own (folders: 32)"),
     "ssl":                ("teacher", "barlow", "self-supervised loss: barlow (Eq. 1) or simclr (Table 6)"),
     "teacher_width":      ("teacher", 64, "channels of the ResNet-18's first stage; representations have 8 times more"),
@@ -64,7 +64,7 @@ SETTINGS = {
     "gray":               ("teacher", 0.2, "probability that a view is made grey"),
     "max_pool":           ("teacher", 0, "1: the teacher's stem ends in max-pooling (TinyImageNet)"),
     "bf16":               ("teacher", "auto", "bfloat16 autocast for the teacher: auto (on GPUs), on or off"),
-    "objective":          ("experts", "kd", "what students minimise: kd (Eq. 5), ssl (MTT-SSL, appendix F) or ce (MTT)"),
+    "objective":          ("experts", "kd", "what students minimise: kd (Eq. 5), ssl (MTT-SSL, app. F) or ce (MTT)"),
     "width":              ("experts", 128, "channels of the student ConvNet"),
     "expert_epochs":      ("experts", 7, "epochs of expert training; T+ + M is the last one that is read (paper: 20)"),
     "expert_lr":          ("experts", 0.1, "rate of SGD"),
@@ -411,10 +411,10 @@ def distill(gradient, adjoint, expert, experts, images, targets, iterations, tra
     log.start(first)
     for s in range(first, iterations):                                                             # line 5
         results = []
-        for i, t, batches in draw(s)[rank()::ranks()]:                                  # lines 6, 7 and 10 - 12
+        for k, (i, t, batches) in list(enumerate(draw(s)))[rank()::ranks()]:            # lines 6, 7 and 10 - 12
             theta, target, *batches = (x.to(device, non_blocking=True)                  # lines 8, 9
                                        for x in (expert(i)[t], expert(i)[t + match_epochs], *batches))
-            steps = [(b, evaluation.targets_of(targets, b, stream(seed, "distill views", s, len(results), rank(), n)))
+            steps = [(b, evaluation.targets_of(targets, b, stream(seed, "distill views", s, k, n)))
                      for n, b in enumerate(batches)]
             results.append(matching_gradient(gradient, adjoint, theta, target, images, lr, steps))  # lines 13 - 17
         loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
@@ -498,12 +498,15 @@ def nearest(images, real, prepare, count=4):
 
 
 def draw_curves(log):
-    """A figure (matplotlib) of the numbers in log.jsonl against steps, a row of panels for each stage that logs any."""
+    """A figure (matplotlib) of the numbers in log.jsonl against steps, a panel for each."""
     from matplotlib.figure import Figure
     records = []
     for line in log.read_text().splitlines():
         with contextlib.suppress(ValueError):                                          # cut off by a kill
-            records.append(json.loads(line))
+            new = json.loads(line)
+            about = new["stage"], new.get("set")              # what was done again since is what counts
+            records = [r for r in records
+                       if (r["stage"], r.get("set")) != about or r.get("step", 0) < new.get("step", 0)] + [new]
     panels = [(stage, name) for stage in ("teacher", "experts", "distill") for name in dict.fromkeys(
         k for r in records if r["stage"] == stage for k, v in r.items() if isinstance(v, (float, str)) and k not in (
             "stage", "time", "rate", "set"))]
@@ -535,13 +538,17 @@ class Run:
         self.settings, self.seed, self.force = settings, args.seed, args.force
         # Augmentations are other functions in every step, which cannot be compiled once.
         self.compile = "off" if settings["objective"] == "ssl" else args.compile
+        if args.deterministic and self.compile == "auto":                            # which a timing would decide
+            self.compile = "off"
+        if args.representations and settings["objective"] != "kd":
+            raise InputError(f"--representations are for --objective kd, {settings['objective']} has no teacher")
         self.data_dir, self.minutes, self.device = args.data_dir, args.checkpoint_minutes, device
         self.dataset_name = args.dataset
         with rank_0_first():                                                         # one rank downloads and decodes
             self.dataset = load_dataset(args.dataset, args.data_dir, settings["image_size"], self.device,
                                         settings["train_images"])
         system = "" if settings["objective"] == "kd" else f"_{settings['objective']}"
-        self.run_dir = Path(args.run_dir or Path("runs") / (self.dataset.name + system))
+        self.run_dir = Path(getattr(args, "run_dir", Path("runs") / (self.dataset.name + system)))
         self.set_dir = self.run_dir / f"{settings['percent']:g}pct_{settings['init']}"
         self.size = math.floor(len(self.dataset.train_images) * settings["percent"] / 100 + 1e-9)
         if not 1 <= self.size <= len(self.dataset.train_images):
@@ -567,6 +574,10 @@ class Run:
         if self.representations_file or without_teacher:
             kept = ("crop_scale", "gray") if self.settings["objective"] == "ssl" else ()
             values = {k: v for k, v in values.items() if SETTINGS[k][0] != "teacher" or k in kept}
+        if not without_teacher:
+            values.pop("objective", None)                       # Eq. 5, as it always was: an older run goes on
+        if self.settings["objective"] == "ce":
+            values["labels"] = fingerprint(self.dataset.train_labels)
         if self.representations_file:
             values["representations_file"] = fingerprint(Path(self.representations_file))
         reads = {"representations": self.run_dir / "representations.pt"}
@@ -669,14 +680,14 @@ def teacher_stage(run):
     head = build(lambda: models.projector(s["ssl"], encoder.feature_dim), run.seed, "projector")
     model = torch.nn.Sequential(encoder, head).to(run.device).to(memory_format=torch.channels_last)
     bf16, speed_up = use_bf16(s, run.device), run.speed_up("teacher")
-    views = 2 * min(s["teacher_batch"], len(data.train_images)) // ranks()
-    run.require_step_memory("teacher", encoder, views / 2 if bf16 else views, "--teacher-batch")
     if ranks() > 1 and run.device.type == "cuda":               # torch has it for GPUs only: on CPUs each rank's own
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         speed_up = lambda f, *rest, **options: f                # and cannot compile it into one graph
     if (folder / "teacher.pt").exists():
         encoder.load_state_dict(load(folder / "teacher.pt"))
     else:
+        views = 2 * min(s["teacher_batch"], len(data.train_images)) // ranks()
+        run.require_step_memory("teacher", encoder, views / 2 if bf16 else views, "--teacher-batch")
         monitor = (lambda encoder: {"knn": teacher_knn(encoder, data)}) if data.labelled else None
         with Checkpoint(folder / "teacher_checkpoint.pt", run.minutes, bf16=bf16, processes=ranks()) as checkpoint:
             train_teacher(model, data, s["ssl"], s["teacher_epochs"], s["teacher_batch"], s["teacher_lr"],
@@ -702,9 +713,11 @@ def use_bf16(settings, device):
 
 def teacher_knn(encoder, data, bank=10000, queries=2000):
     """kNN accuracy in percent of the encoder's features, on so many training and test images: the teacher's health."""
+    train, test = (torch.randperm(len(images), generator=generator(0, "knn"))[:count].to(images.device)
+                   for images, count in ((data.train_images, bank), (data.test_images, queries)))
     z, z_test = (evaluation.encode(encoder.features, images, data.batch)
-                 for images in (data.train_images[:bank], data.test_images[:queries]))
-    return evaluation.knn_accuracy(z, data.train_labels[:bank], z_test, data.test_labels[:queries])
+                 for images in (data.train_images[train], data.test_images[test]))
+    return evaluation.knn_accuracy(z, data.train_labels[train], z_test, data.test_labels[test])
 
 
 def check_representations(z, source, n=None):
@@ -743,7 +756,7 @@ def experts_stage(run):
     """Trains the expert trajectories that are missing: experts/expert_000.pt ..., each flat float32 [T + 1, P]."""
     s, data, folder = run.settings, run.dataset, run.run_dir
     run.claim("experts", "experts/*.pt", "experts/*.checkpoint")
-    missing = from_rank_0([i for i in range(s["experts"]) if not whole(expert_file(folder, i))])
+    missing = from_rank_0([] if rank() else [i for i in range(s["experts"]) if not whole(expert_file(folder, i))])
     if not missing:
         return
     targets, d = evaluation.student_targets(s, data, folder)
@@ -756,7 +769,8 @@ def experts_stage(run):
     run.require_step_memory("experts", model, size, "--expert-batch")
     theta, first = flat_parameters(model), torch.arange(size, device=run.device)
     step, state = optimizer_of(student_loss(f), s, theta)
-    example = theta, state, data.batch(data.train_images[:size]), evaluation.targets_of(targets, first, 0), s["expert_lr"]
+    y = evaluation.targets_of(targets, first, 0)
+    example = theta, state, data.batch(data.train_images[:size]), y, s["expert_lr"]
     step = run.speed_up("experts")(step, example, steps)
     missing = missing[rank()::ranks()]
     run.log.start()
@@ -764,14 +778,15 @@ def experts_stage(run):
         theta = flat_parameters(build(lambda: student(run, d)[0], run.seed, "expert", i))
         path = expert_file(folder, i)
         with Checkpoint(path.with_suffix(".checkpoint"), run.minutes, every_rank=True) as checkpoint:
-            trajectory = train_expert(step, theta, torch.zeros_like(state), data.train_images, targets, data.batch, epochs,
-                                      s["expert_lr"], size, stream(run.seed, "expert", i), checkpoint)
+            trajectory = train_expert(step, theta, torch.zeros_like(state), data.train_images, targets, data.batch,
+                                      epochs, s["expert_lr"], size, stream(run.seed, "expert", i), checkpoint)
         if not trajectory[-1].isfinite().all():
             raise InputError(f"experts: expert {i} diverged (lower --expert-lr, now {s['expert_lr']})")
         save(path, trajectory)
         checkpoint.remove()
         if run.log.due() or done + 1 == len(missing):
-            losses = [mean_loss(f, theta.to(run.device), data.train_images, targets, data.batch) for theta in trajectory]
+            losses = [mean_loss(f, theta.to(run.device), data.train_images, targets, data.batch)
+                      for theta in trajectory]
             run.log("experts", done + 1, len(missing), unit="expert",
                     loss_per_epoch=" ".join(f"{loss:.4f}" for loss in losses))
 
@@ -877,9 +892,13 @@ def draw_results(run, initial, final):
     pictures["neighbours.png"] = draw_picture({"distilled": after[:16], **rows}, bands=1)
     for name, picture in pictures.items():
         write_file(run.set_dir / name, lambda file: picture.save(file, "PNG"))
-    with contextlib.suppress(ImportError):
+    try:
         figure = draw_curves(run.log.path)
         write_file(run.set_dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    except ImportError:
+        pass
+    except Exception as error:                                                       # nothing that is needed is lost
+        print(f"distill: curves.png is left out ({first_line(error)})", flush=True)
 
 
 def eval_stage(run):
@@ -1133,7 +1152,7 @@ def parse(argv):
     parser.add_argument("--dataset", default="cifar10",
                         help=f"{', '.join(DATASETS)}; a folder with train/ and test/ inside; or an .npz file")
     parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept")
-    parser.add_argument("--run-dir", help="where results go (default: runs/DATASET)")
+    parser.add_argument("--run-dir", default=argparse.SUPPRESS, help="where results go (default: runs/DATASET)")
     parser.add_argument("--representations", metavar="FILE",
                         help=".pt or .npy [n, d] of any other model, instead of the teacher stage")
     parser.add_argument("--seed", type=int, default=0, help="fixes every random draw")
@@ -1141,7 +1160,8 @@ def parse(argv):
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
                         help="torch.compile the steps; auto: where it pays")
     parser.add_argument("--deterministic", action="store_true",
-                        help="bit-identical runs on a GPU too, slower (on a CPU they always are)")
+                        help="bit-identical runs, slower: no timing decides what is compiled, and on a GPU sums are "
+                             "taken in a fixed order")
     parser.add_argument("--force", action="store_true", help="make again what was made with other settings")
     parser.add_argument("--checkpoint-minutes", type=float, default=5.0, help="minutes between checkpoints")
     parser.add_argument("--log-seconds", type=float, default=10.0, help="seconds between progress lines")
@@ -1181,7 +1201,9 @@ def main(argv=None):
     except InputError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         lower = {"teacher": "--teacher-batch", "experts": "--expert-batch", "distill": "--syn-batch or --syn-steps",
                  "eval": "--pretrain-batch"}.get(name, "--width")
         print(f"mkdt.py: {name}: out of memory ({first_line(error)}): lower {lower}", file=sys.stderr)

@@ -241,9 +241,10 @@ def flat_parameters(model):
 
 
 def activation_bytes(model, x):
-    """Bytes of what the layers of `model` put out for the images x [B, 3, H, W], float32: what a gradient keeps."""
-    sizes, leaves = [], [m for m in model.modules() if not list(m.children())]
-    hooks = [m.register_forward_hook(lambda m, x, out: sizes.append(4 * out.numel())) for m in leaves]
+    """Bytes (float32) of what the convolutions and linear layers of `model` put out for the images x [B, 3, H, W]: a
+    gradient keeps at least these, compiled or not."""
+    sizes, layers = [], [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    hooks = [m.register_forward_hook(lambda m, x, out: sizes.append(4 * out.numel())) for m in layers]
     try:
         with torch.no_grad():
             model(x)
@@ -409,6 +410,11 @@ def rows_of_all_ranks(z):
     dist.all_gather(rows, z.detach().contiguous())
     rows[rank()] = z
     return torch.cat(rows)
+
+
+def out_of_memory(error):
+    """Whether an exception says that memory did not suffice: torch's on GPUs and on CPUs, or Python's."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def first_line(error):
