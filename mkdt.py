@@ -11,6 +11,7 @@ The file follows Algorithm 1 from top to bottom:
     distill   4 - 19    move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M epochs end (Eq. 4)
     eval      section 5 pre-train on D_syn and probe linearly (eval.py)
     bench               what all of that will cost on this machine
+    figure1   Fig. 1    why self-supervised trajectories cannot be matched: the same, by other losses
 
 Bare defaults are the paper's but for --clip. Everything is written below --run-dir; a run that was stopped goes on
 where it was.
@@ -1081,6 +1082,111 @@ def print_row(row, first):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Figure 1: the same functions, trajectories of other losses (section 4.1, appendix A.2)
+# ------------------------------------------------------------------------------------------------------------
+# Settings of appendix A.2, which says nothing of MKDT: that has its data set's row, with one expert from epoch 0 too.
+FIGURE1 = {
+    "MTT": dict(objective="ce", expert_batch=256, syn_steps=20, match_epochs=4),
+    "MTT-SSL": dict(objective="ssl", expert_batch=1024, syn_steps=10, match_epochs=2),
+    "MTT-SSL, 4x batch": dict(objective="ssl", expert_batch=4096, syn_steps=10, match_epochs=2),
+    "MKDT": dict(objective="kd"),
+}
+FIGURE1_COMMON = dict(percent=1.0, init="random", max_start_epoch=0, pixel_lr=1000.0, clip=0.0, iterations=100)
+
+
+def variance_of_trajectories(trajectories):
+    """Fig. 1a: E |theta_t - E theta_t|^2 per weight at each epoch, over trajectories [R, T + 1, P] -> [T + 1]."""
+    return (trajectories - trajectories.mean(dim=0)).square().mean(dim=(0, 2))
+
+
+class Recorder(Log):
+    """A log that keeps the values of every step in `records` and prints as often as any other."""
+    records = ()
+
+    def due(self):
+        return True
+
+    def __call__(self, stage, step, total, **values):
+        self.records = [*self.records, values]
+        if super().due():
+            super().__call__(stage, step, total, **values)
+
+
+def figure1_system(run, s, trajectories=5):
+    """Fig. 1 for the settings `s` of one system: {"variance": at each epoch, "loss", "moved": at each iteration}."""
+    data, n = run.dataset, len(run.dataset.train_images)
+    targets, d = evaluation.student_targets(s, data, run.run_dir)
+    model = build(lambda: ConvNet(d, data.image_size, s["width"]), run.seed, "figure1").to(run.device)
+    f, theta, size = functional(model), flat_parameters(model), min(s["expert_batch"], n)
+    step, state = optimizer_of(student_loss(f), s, theta)
+    first = torch.arange(n, device=run.device)
+    chosen = torch.randperm(n, generator=generator(run.seed, "figure1", "images"))[:run.size].to(run.device)
+    images, syn = data.batch(data.train_images[chosen]), min(s["syn_batch"], run.size)
+    syn_targets = targets if callable(targets) else targets[chosen]
+
+    def speed_up(g, example, steps):
+        mode = "off" if callable(targets) else run.compile
+        g, compiled, seconds = compile_if_it_pays(g, example, steps, mode)
+        print(f"figure1: {steps} steps, {'compiled' if compiled else 'eager'}, about {duration(seconds * steps)}",
+              flush=True)
+        return g
+
+    steps = trajectories * s["expert_epochs"] * math.ceil(n / size)
+    step = speed_up(step, (theta, state, data.batch(data.train_images[:size]),
+                           evaluation.targets_of(targets, first[:size], 0), s["expert_lr"]), steps)
+    experts = torch.stack([train_expert(step, theta, torch.zeros_like(state), data.train_images, targets, data.batch,
+                                        s["expert_epochs"], s["expert_lr"], size, stream(run.seed, "figure1", k))
+                           for k in range(trajectories)])
+    example = theta, images[:syn], evaluation.targets_of(syn_targets, first[:syn], 0)
+    steps = s["iterations"] * s["syn_steps"]
+    gradient = speed_up(inner_gradient(student_loss(f)), example, steps)
+    adjoint = speed_up(inner_adjoint(student_loss(f)), (*example, theta.clone()), steps)
+    log = Recorder(interval=run.log.interval)
+    try:
+        distill(gradient, adjoint, lambda i: experts[0], 1, images, syn_targets, s["iterations"], 1, s["syn_steps"],
+                s["match_epochs"], s["max_start_epoch"], s["pixel_lr"], s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"],
+                s["syn_batch"], s["clip"], run.seed, log, Checkpoint(run.run_dir / "figure1" / "state.pt", math.inf))
+    except InputError as error:                                       # that it cannot be matched is a result as well
+        print(f"figure1: {error}", flush=True)
+    return {"variance": variance_of_trajectories(experts).tolist(), "loss": [r["loss"] for r in log.records],
+            "moved": [r["moved"] for r in log.records]}
+
+
+def figure1_stage(run, systems):
+    """Figure 1 for `systems`, {name: settings}: figure1/figure1.json, .csv and, where matplotlib is installed, .png."""
+    folder = run.run_dir / "figure1"
+    path = folder / "figure1.json"
+    found = read_json(path) if path.exists() else {}
+    for name, s in systems.items():
+        made_from = fingerprint(s, run.seed, run.inputs("teacher"))
+        if found.get(name, {}).get("made_from") == made_from:
+            continue
+        print(f"figure1: {name}: {describe(s, 'experts')}  {describe(s, 'distill')}", flush=True)
+        found[name] = {"made_from": made_from, **figure1_system(run, s)}
+        (folder / "state.pt").unlink(missing_ok=True)
+        save_json(path, found)
+    panels = {"variance": ("epoch", "variance per weight"), "loss": ("iteration", "Eq. 4"),
+              "moved": ("iteration", "mean |change| of a pixel (deviations)")}
+    rows = ["panel,system,x,y"] + [f'{panel},"{name}",{x},{y}' for panel in panels for name in systems
+                                   for x, y in enumerate(found[name][panel], start=panel != "variance")]
+    write_file(folder / "figure1.csv", lambda file: file.write(("\n".join(rows) + "\n").encode()))
+    for name in systems:
+        last = [f"{panel} {found[name][panel][-1]:.3g}" for panel in panels if found[name][panel]]
+        print(f"figure1: {name:<18} at the end: {', '.join(last)}")
+    with contextlib.suppress(ImportError):
+        from matplotlib.figure import Figure
+        figure = Figure(figsize=(14, 4), layout="constrained")
+        for axes, (panel, (x, y)) in zip(figure.subplots(1, 3), panels.items()):
+            for name in systems:
+                values = found[name][panel]
+                axes.plot(range(panel != "variance", len(values) + (panel != "variance")), values, label=name)
+            axes.set(xlabel=x, ylabel=y, yscale="linear" if panel == "loss" else "log")
+            axes.legend(fontsize="small")
+        write_file(folder / "figure1.png", lambda file: figure.savefig(file, format="png", dpi=120))
+    print(f"figure1: {folder}")
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Command line
 # ------------------------------------------------------------------------------------------------------------
 def resolve(dataset, given):
@@ -1147,8 +1253,9 @@ def parse(argv):
         pass
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Formatter, allow_abbrev=False)
-    parser.add_argument("--stage", choices=[*STAGES, "all", "bench"], default="all",
-                        help="one stage, all of them in order, or bench: what the whole run will cost on this machine")
+    parser.add_argument("--stage", choices=[*STAGES, "all", "bench", "figure1"], default="all",
+                        help="one stage, all of them in order, bench: what the whole run will cost on this machine, or "
+                             "figure1: after the teacher, Fig. 1 of the paper")
     parser.add_argument("--dataset", default="cifar10",
                         help=f"{', '.join(DATASETS)}; a folder with train/ and test/ inside; or an .npz file")
     parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept")
@@ -1184,19 +1291,26 @@ def main(argv=None):
     try:
         device = join_ranks(pick_device(args.device, args.deterministic))
         with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
+            if args.stage == "figure1":
+                given = {**FIGURE1_COMMON, **given}
             settings = resolve(args.dataset, given)
             check_settings(settings)
             run = Run(args, settings, device)
             if args.stage == "bench":
                 bench_stage(run)
                 return 0
-            stages = list(STAGES) if args.stage == "all" else [args.stage]
+            stages = {"all": list(STAGES), "figure1": ["teacher"]}.get(args.stage, [args.stage])
             with hold(run.run_dir) if not rank() else contextlib.nullcontext():
                 run.check(stages)
                 for name in stages:
                     print(f"{name}: {describe(settings, name)}", flush=True)
                     STAGES[name](run)
                     wait_for_ranks()
+                if args.stage == "figure1":
+                    systems = {k: resolve(args.dataset, {**changes, **given}) for k, changes in FIGURE1.items()}
+                    for s in systems.values():
+                        check_settings(s)
+                    figure1_stage(run, systems)
             leave_ranks()
     except InputError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)

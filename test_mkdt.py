@@ -2052,6 +2052,27 @@ def test_other_objectives_run_end_to_end(tmp_path, system, capsys):
     assert mkdt.main([*argv, "--representations", "z.npy"]) == 2 and "has no teacher" in capsys.readouterr().err
 
 
+def test_figure_1_of_four_systems(tmp_path, capsys):
+    np.savez(tmp_path / "x.npz", **data.make_shapes(300, 10, size=16))
+    argv = ["--stage", "figure1", "--dataset", str(tmp_path / "x.npz"), "--run-dir", str(tmp_path / "run"), "--percent", "4",
+            "--pixel-lr", "1", "--teacher-width", "1", "--teacher-epochs", "1", "--teacher-batch", "32", "--width", "2", "--expert-epochs", "4",
+            "--syn-steps", "2", "--iterations", "3", "--compile", "off"]
+    assert mkdt.main(argv) == 0
+    found = data.read_json(tmp_path / "run/figure1/figure1.json")
+    assert found.keys() == mkdt.FIGURE1.keys()
+    for name, values in found.items():
+        assert len(values["variance"]) == 5 and values["variance"][0] < 1e-12 < min(values["variance"][1:]), name
+        assert len(values["loss"]) == len(values["moved"]) == 3 and values["moved"][-1] > 0, name
+    rows = (tmp_path / "run/figure1/figure1.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4 * (5 + 3 + 3) and rows[1].startswith('variance,"MTT",0,')
+    before = (tmp_path / "run/figure1/figure1.json").read_text()
+    capsys.readouterr()
+    assert mkdt.main(argv) == 0 and before == (tmp_path / "run/figure1/figure1.json").read_text()
+    assert "figure1: MTT:" not in capsys.readouterr().out                                            # nothing is made again
+    t = torch.tensor([[[0.0, 0.0], [1.0, 3.0]], [[0.0, 0.0], [3.0, 3.0]]])                           # [R, T + 1, P]
+    assert mkdt.variance_of_trajectories(t).tolist() == [0.0, 0.5]
+
+
 def test_representations_of_another_model(finished, tmp_path, capsys):
     z = np.random.default_rng(0).normal(size=(200, 6))
     np.save(tmp_path / "z.npy", z)
