@@ -2055,7 +2055,7 @@ def test_other_objectives_run_end_to_end(tmp_path, system, capsys):
 def test_figure_1_of_four_systems(tmp_path, capsys):
     np.savez(tmp_path / "x.npz", **data.make_shapes(300, 10, size=16))
     argv = ["--stage", "figure1", "--dataset", str(tmp_path / "x.npz"), "--run-dir", str(tmp_path / "run"), "--percent", "4",
-            "--pixel-lr", "1", "--teacher-width", "1", "--teacher-epochs", "1", "--teacher-batch", "32", "--width", "2", "--expert-epochs", "4",
+            "--pixel-lr", "1", "--syn-lr-lr", "0", "--teacher-width", "1", "--teacher-epochs", "1", "--teacher-batch", "32", "--width", "2", "--expert-epochs", "4",
             "--syn-steps", "2", "--iterations", "3", "--compile", "off"]
     assert mkdt.main(argv) == 0
     found = data.read_json(tmp_path / "run/figure1/figure1.json")
