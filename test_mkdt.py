@@ -1295,10 +1295,10 @@ def odd_mat(path):
 
 
 def test_odd_files_are_read_or_refused_in_one_line(tmp_path, capsys):
-    """400 of them, or for as many seconds as MKDT_FUZZ says, from another seed on."""
+    """250 of them, or for as many seconds as MKDT_FUZZ says, from another seed on."""
     seconds, first, tried, refused = os.environ.get("MKDT_FUZZ"), int(os.environ.get("MKDT_FUZZ_SEED", 0)), 0, 0
     end = time.monotonic() + float(seconds or 0)
-    while time.monotonic() < end if seconds else tried < 400:
+    while time.monotonic() < end if seconds else tried < 250:
         rng, folder = random.Random(first + tried), tmp_path / "x"
         folder.mkdir()
         reader, path = odd_file(rng, folder)
@@ -1461,7 +1461,7 @@ def start(*arguments):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-LONGER = ("--teacher-epochs 8 --teacher-batch 16 --expert-epochs 12 --expert-batch 8 --iterations 40 --percent 10 "
+LONGER = ("--teacher-epochs 8 --teacher-batch 16 --expert-epochs 10 --expert-batch 8 --iterations 30 --percent 10 "
           "--checkpoint-minutes 0.0003").split()
 KILLS = int(os.environ.get("MKDT_KILLS", 1))                                    # rounds of kills; many take hours
 
@@ -1572,7 +1572,7 @@ def differ(a, b):
 
 
 def test_every_setting_changes_something(tmp_path, monkeypatch):
-    arrays = data.make_shapes(100, 20, size=16)
+    arrays = data.make_shapes(100, 20, size=8)
     np.savez(tmp_path / "x.npz", **arrays)
     for i in range(20):                                                           # a folder, for --image-size
         path = tmp_path / f"pets/{'train' if i < 16 else 'test'}/{i % 2}/{i}.png"
@@ -1675,7 +1675,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # Random small configurations: each works, or is refused with the reason
 # ------------------------------------------------------------------------------------------------------------
-CONFIGURATIONS = int(os.environ.get("MKDT_CONFIGURATIONS", 40))
+CONFIGURATIONS = int(os.environ.get("MKDT_CONFIGURATIONS", 30))
 
 
 def random_configuration(rng, root):
