@@ -1295,10 +1295,10 @@ def odd_mat(path):
 
 
 def test_odd_files_are_read_or_refused_in_one_line(tmp_path, capsys):
-    """250 of them, or for as many seconds as MKDT_FUZZ says, from another seed on."""
+    """150 of them, or for as many seconds as MKDT_FUZZ says, from another seed on."""
     seconds, first, tried, refused = os.environ.get("MKDT_FUZZ"), int(os.environ.get("MKDT_FUZZ_SEED", 0)), 0, 0
     end = time.monotonic() + float(seconds or 0)
-    while time.monotonic() < end if seconds else tried < 250:
+    while time.monotonic() < end if seconds else tried < 150:
         rng, folder = random.Random(first + tried), tmp_path / "x"
         folder.mkdir()
         reader, path = odd_file(rng, folder)
@@ -1675,7 +1675,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
 # ------------------------------------------------------------------------------------------------------------
 # Random small configurations: each works, or is refused with the reason
 # ------------------------------------------------------------------------------------------------------------
-CONFIGURATIONS = int(os.environ.get("MKDT_CONFIGURATIONS", 30))
+CONFIGURATIONS = int(os.environ.get("MKDT_CONFIGURATIONS", 12))
 
 
 def random_configuration(rng, root):
