@@ -499,7 +499,7 @@ def nearest(images, real, prepare, count=4):
 
 
 def draw_curves(log):
-    """A figure (matplotlib) of the numbers in log.jsonl against steps, a panel for each."""
+    """A figure of the numbers in log.jsonl against steps, a panel for each. ImportError where matplotlib is missing."""
     from matplotlib.figure import Figure
     records = []
     for line in log.read_text().splitlines():
