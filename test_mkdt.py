@@ -1466,10 +1466,11 @@ LONGER = ("--teacher-epochs 8 --teacher-batch 16 --expert-epochs 10 --expert-bat
 KILLS = int(os.environ.get("MKDT_KILLS", 1))                                    # rounds of kills; many take hours
 
 
-def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
+@pytest.mark.parametrize("compiled", ["off"] if KILLS == 1 else ["off", "on"])
+def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(compiled, tmp_path):
     """Stopped in every stage at a random moment, by SIGKILL or SIGTERM, and started again: the same tensors."""
     np.savez(tmp_path / "x.npz", **data.make_shapes(100, 20, size=16))
-    flags = ["--dataset", str(tmp_path / "x.npz"), *SMALLEST, *LONGER]
+    flags = ["--dataset", str(tmp_path / "x.npz"), *SMALLEST, *LONGER, "--compile", compiled]
     whole = start("--run-dir", str(tmp_path / "run"), *flags)
     error = whole.communicate()[1]
     assert whole.returncode == 0, error
@@ -1623,10 +1624,13 @@ def test_every_setting_changes_something(tmp_path, monkeypatch):
 
 
 def readme_commands():
-    """The commands of README: those of its bash blocks and those in its lines, as lists of words."""
+    """The commands of README: those of its bash blocks, its shell functions filled in, and those in its lines, as lists of
+    words."""
     text = (Path(mkdt.__file__).parent / "README.md").read_text()
     lines = [line.split("#")[0] for block in re.findall(r"```bash\n(.*?)```", text, re.S)
              for line in block.replace("\\\n", " ").splitlines()]
+    for name, body in re.findall(r'(\w+)\(\) \{ (.*?) "\$@"; \}', "\n".join(lines)):
+        lines = [re.sub(rf"^{name}(?= )", body, line) for line in lines]
     lines += [" ".join(code.split()) for code in re.findall(r"`(python (?:mkdt|eval)\.py [^`]*)`", text)]
     lines = [part.split() for line in lines for part in line.split("&&")]
     return [words for words in lines if words and words[0] in ("python", "torchrun", "pip")]
