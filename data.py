@@ -130,7 +130,7 @@ def load(path, **options):
             raise InputError(f"{path} is damaged ({damaged} fails its checksum): delete it and run the stage again")
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run the stage that makes it first (--stage all)") from None
+        raise InputError(f"{path} does not exist (if it is of a run: --stage all makes what is missing)") from None
     except InputError:
         raise
     except Exception as error:                              # pickle, zip and torch each have a family of their own
@@ -319,6 +319,10 @@ class Dataset:
     def labelled(self):
         """True if both splits have images and every label is known, so that the data set can be probed."""
         return all(len(labels) and int(labels.min()) >= 0 for labels in (self.train_labels, self.test_labels))
+
+    def fingerprint(self):
+        """Eight hexadecimal digits of the images and their normalisation, not of the labels."""
+        return fingerprint(self.train_images, self.test_images, self.mean, self.std)
 
     def batch(self, images):
         """uint8 [B, 3, H, W] -> normalised float32, in channels-last memory."""
@@ -673,14 +677,18 @@ def read_folder(folder, size):
     """The four arrays from train/<class>/* and test/<class>/* (or train/* without classes), in sorted order."""
     if not (folder / "train").is_dir():
         raise InputError(f"{folder} has no folder train/: expected train/<class>/* (and test/<class>/*), or train/*")
-    classes = sorted(p.name for p in (folder / "train").iterdir() if p.is_dir())
+    def images(root, pattern):
+        return [p for p in sorted(root.glob(pattern)) if p.suffix.lower() in SUFFIXES and not any(
+            part.startswith(".") for part in p.relative_to(folder).parts)]                    # hidden, or in hidden ones
+
+    classes = sorted({p.parent.name for p in images(folder / "train", "*/*")})
     splits = {}
     for split in ("train", "test"):
-        root, found = folder / split, []
-        for i, name in enumerate(classes) if classes else [(-1, "")]:
-            if (root / name).is_dir():
-                found += [(p, i) for p in sorted((root / name).iterdir()) if p.suffix.lower() in SUFFIXES]
-        splits[split] = found
+        splits[split] = [(p, i) for i, name in (enumerate(classes) if classes else [(-1, "")])
+                         for p in images(folder / split / name, "*")]
+        if left := set(images(folder / split, "**/*")) - {p for p, _ in splits[split]}:
+            raise InputError(f"{folder}: {min(left)} (of {len(left)} such images) has no place: expected <class>/* with "
+                             "the classes of train/ in both splits, or no folders in either")
     if not splits["train"]:
         raise InputError(f"{folder / 'train'} holds no images ({', '.join(sorted(SUFFIXES))})")
     return _decode(splits, size)
@@ -692,12 +700,13 @@ def _squash(image, size):
 
 
 def _rgb(image):
-    """A PIL image in RGB. Those of 16 bit, which PIL would cut off at 255, keep their upper eight."""
+    """A PIL image in RGB. Those of 16 bit, which PIL would cut off at 255, keep their upper eight; so do those in 32
+    bit (mode I, which files of 16 have in older versions) if any pixel is above 255."""
     if image.mode.startswith("I"):
         pixels = np.asarray(image)
         if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}")
-        image = Image.fromarray((pixels >> 8 if pixels.max() > 255 else pixels).astype(np.uint8))
+        image = Image.fromarray((pixels >> 8 if image.mode != "I" or pixels.max() > 255 else pixels).astype(np.uint8))
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     return image.convert("RGB")

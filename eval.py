@@ -38,10 +38,10 @@ import torch.nn.functional as F
 
 from data import (Checkpoint, Dataset, Log, augmentations, duration, fingerprint, hold, load, load_dataset, normalize,
                   read_json, save, save_json, shift_and_flip, to_download, two_views, write_file)
-from models import (ConvNet, InputError, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
+from models import (ConvNet, InputError, batches, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
                     gather_from_ranks, generator, join_ranks, leave_ranks, objective, out_of_memory, pick_device,
                     projector, rank, rank_0_first, ranks, resnet10, resnet18, self_supervised_loss, stream,
-                    wait_for_ranks)
+                    targets_of, wait_for_ranks)
 
 # The sets to pre-train on. Any of them takes a rate of its own, random@0.3, or the learned one, random@mkdt.
 SETS = {
@@ -76,20 +76,6 @@ class Diverged(InputError):
 # Pre-training (Eq. 9) and features
 # ------------------------------------------------------------------------------------------------------------
 CHUNK = 250                                                  # images that are encoded at once
-
-
-def batches(n, batch_size, epochs, seed, name, device):
-    """(epoch, indices) of the mini-batches of `epochs` passes over n images, the short last batch of each kept."""
-    for epoch in range(epochs):
-        order = torch.randperm(n, generator=generator(seed, name, epoch)).to(device)
-        for batch in order.split(batch_size):
-            yield epoch, batch
-
-
-def targets_of(targets, batch, draw):
-    """y of `models.objective` for the images `batch`: the rows of a tensor, representations [n, d] or labels [n]; or
-    targets(len(batch), draw), the augmentations that the seed `draw` stands for."""
-    return targets(len(batch), draw) if callable(targets) else targets[batch]
 
 
 def pretrain(encoder, images, targets, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
@@ -244,6 +230,18 @@ def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200
 # ------------------------------------------------------------------------------------------------------------
 # Rivals: KRR-ST (section 2.1), DM without labels (appendix F)
 # ------------------------------------------------------------------------------------------------------------
+def report(rival, step, iterations, loss, log, checkpoint, state):
+    """Checks the loss of a rival's iteration, logs it and saves the state, where that is due."""
+    last = step + 1 == iterations
+    if log.due() or checkpoint.due() or last:
+        if not math.isfinite(loss.item()):
+            raise Diverged(f"{rival}: the loss at iteration {step} is {loss.item()}: give fewer iterations")
+        if log.due() or last:
+            log(rival, step + 1, iterations, loss=loss.item())
+        if checkpoint.due():
+            checkpoint.save(step + 1, **state)
+
+
 def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
     """MSE of kernel ridge regression from the synthetic set to real images (Lee et al. 2023).
 
@@ -286,6 +284,8 @@ def krr_st(make, images, targets, real_images, real_targets, prepare, iterations
         log.start()
         for done, k in enumerate(torch.arange(models).repeat_interleave(age).tolist()):
             train(k)
+            if checkpoint.asked:                                    # to stop: nothing is worth keeping so far
+                raise KeyboardInterrupt
             if log.due():
                 log("krr_st", done + 1, int(age.sum()), unit="first step")
     log.start(first)
@@ -308,13 +308,7 @@ def krr_st(make, images, targets, real_images, real_targets, prepare, iterations
         else:
             train(k)
             age[k] += 1
-        if log.due() or checkpoint.due() or step + 1 == iterations:
-            if not math.isfinite(loss.item()):
-                raise Diverged(f"krr_st: the loss at iteration {step} is {loss.item()}: give fewer --krr-iterations")
-            if log.due() or step + 1 == iterations:
-                log("krr_st", step + 1, iterations, loss=loss.item())
-            if checkpoint.due():
-                checkpoint.save(step + 1, **state)
+        report("krr_st", step, iterations, loss, log, checkpoint, state)
     return syn[0].detach(), syn[1].detach()
 
 
@@ -339,13 +333,7 @@ def distribution_matching(make, images, real_images, prepare, views, iterations,
         loss = (ours - theirs).square().sum()
         velocity.mul_(momentum).index_add_(0, chosen, torch.autograd.grad(loss, batch)[0])
         syn -= lr * velocity
-        if log.due() or checkpoint.due() or step + 1 == iterations:
-            if not math.isfinite(loss.item()):
-                raise Diverged(f"dm: the loss at iteration {step} is {loss.item()}: give fewer --dm-iterations")
-            if log.due() or step + 1 == iterations:
-                log("dm", step + 1, iterations, loss=loss.item())
-            if checkpoint.due():
-                checkpoint.save(step + 1, images=syn, velocity=velocity)
+        report("dm", step, iterations, loss, log, checkpoint, {"images": syn, "velocity": velocity})
     return syn
 
 
@@ -558,8 +546,9 @@ def read_distilled(path, pixels, mean, std):
 
     path: a distilled.pt or a snapshot of this project; one of the authors' images_S.pt, with labels_S.pt and
     synlr_S.pt beside it; KRR-ST's x_syn*.pt with y_syn*.pt; or a folder with such files (the latest S is taken).
-    pixels: "raw" in [0, 1], to be normalised with `mean` and `std`; "normalised" already; "auto": our files say which
-    they are, the authors' are normalised, of others it is told by their deviation (about 0.25 or 1) and printed.
+    Labels int64 [n] may stand in place of representations.
+    pixels: of files other than ours, which say it: "raw" in [0, 1], to be normalised with `mean` and `std`;
+    "normalised" already; "auto": the authors' are, of KRR-ST's it is told by their deviation (about 0.25 or 1).
     """
     path = Path(path)
     if path.is_dir():
@@ -568,6 +557,7 @@ def read_distilled(path, pixels, mean, std):
         if not any(found):
             raise InputError(f"distilled:{path} holds no distilled.pt, images_*.pt or x_syn*.pt")
         path = next(files for files in found if files)[-1]
+        print(f"distilled:{path.parent}: {path.name} is taken", flush=True)
     images, lr = load(path), None
     if isinstance(images, dict):
         z = images.get("representations", images.get("labels"))
@@ -575,9 +565,11 @@ def read_distilled(path, pixels, mean, std):
     else:
         beside = path.with_name(path.name.replace("images_", "labels_").replace("x_syn", "y_syn"))
         rate = path.with_name(path.name.replace("images_", "synlr_"))
-        z, known = load(beside if beside.exists() else path.with_name("y_syn.pt")), None
+        common = path.with_name("y_syn.pt")                              # KRR-ST's targets may serve several x_syn*.pt
+        z, known = load(common if path.name.startswith("x_syn") and not beside.exists() else beside), None
         if path.name.startswith("images_"):
-            known, lr = "normalised", float(torch.as_tensor(load(rate)).mean()) if rate.exists() else None
+            known = "normalised" if pixels == "auto" else None
+            lr = float(torch.as_tensor(load(rate)).mean()) if rate.exists() else None
     labels = torch.is_tensor(z) and z.dtype == torch.int64
     for what, x, form in (("images", images, "[n, 3, H, H]"), ("targets", z, "[n]" if labels else "[n, d]")):
         fits = torch.is_tensor(x) and x.dim() == form.count(",") + 1 and len(x) == len(images) > 0
@@ -587,7 +579,7 @@ def read_distilled(path, pixels, mean, std):
     if labels and not 0 <= int(z.min()) <= int(z.max()) < 100_000:
         raise InputError(f"distilled:{path}: labels from {int(z.min())} to {int(z.max())}, not classes from 0 on")
     images, z = images.detach().float(), z if labels else z.detach().float()
-    taken = known if pixels == "auto" and known else pixels
+    taken = known or pixels
     if taken == "auto":
         taken = "raw" if images.std() < 0.6 else "normalised"
         print(f"distilled:{path}: pixels of mean {images.mean():.2f} and deviation {images.std():.2f} are taken for "
@@ -647,6 +639,10 @@ def read_source(run_dir, data_dir, device, rivals):
         raise InputError(f"{run_dir} holds no distilled.pt: make it with mkdt.py, or give another --run-dir")
     s, distilled = read_json(run_dir / "config.json")["settings"], load(run_dir / "distilled.pt")
     dataset = load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"])
+    made_from = read_json(run_dir / "config.json").get("distill", {}).get("inputs", {}).get("data")
+    if made_from not in (None, dataset.fingerprint()):
+        raise InputError(f"the images of {distilled['dataset']} are not those that {run_dir} was made from: give their "
+                         "--data-dir, or distil again (mkdt.py --force)")
     targets, d = student_targets(s, dataset, run_dir.parent)
     if "representations" in distilled and not torch.equal(targets[distilled["indices"]].cpu(),
                                                           distilled["representations"]):
@@ -788,7 +784,7 @@ def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1,
     for kind in encoders:
         todo = [(name, seed, results.lacks(name, kind, seed, shares)) for seed in dict.fromkeys(seeds) for name in sets]
         todo = from_rank_0([(name, seed, lacks) for name, seed, lacks in todo if lacks or (
-            save_encoder and not encoder_file(save_encoder, name, seed, kind).exists())])
+            save_encoder and not encoder_file(save_encoder, source, name, seed, kind).exists())])
         student = speed_up(kind, source, tasks, shares, [name for name, _, _ in todo], protocol, compile)
         log.start()
         for done in range(0, len(todo), ranks()):
@@ -890,7 +886,10 @@ def cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock)
     shape = of_run = source.d, data.image_size
     if chosen and torch.is_tensor(chosen.targets):
         y = chosen.targets
-        shape = (y.shape[1] if y.dim() == 2 else max(source.d, int(y.max()) + 1)), chosen.images.shape[-1]
+        classes = int(y.max()) + 1 if y.dim() == 1 else 0
+        if classes and source.settings.get("objective") == "ce":              # as many as the run's own set
+            classes = max(classes, source.d)
+        shape = classes or y.shape[1], chosen.images.shape[-1]
     if shape != of_run:                                               # made elsewhere, with another teacher or size
         student = Student(student.kind, source.encoder(student.kind, *shape).to(chosen.images.device))
     encoder = student.encoder
@@ -905,7 +904,7 @@ def cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock)
                      prepare=data.batch if chosen.images.dtype == torch.uint8 else lambda x: x)
     encoder.eval()
     if save_encoder:
-        save(encoder_file(save_encoder, name, seed, student.kind), encoder.state_dict())
+        save(encoder_file(save_encoder, source, name, seed, student.kind), encoder.state_dict())
     for t, percents in wanted.items():
         accuracies, z = judge(encoder, student.features or encoder.features, tasks[t], percents, seed)
         # Eq. 2's distance, for outputs that were trained to be this teacher's and for untrained ones.
@@ -944,10 +943,11 @@ def finetuned_scores(encoder, features, task, percents, seed, stratified, clock)
     return accuracies, None
 
 
-def encoder_file(folder, name, seed, kind="convnet"):
-    """Where --save-encoder keeps the encoder pre-trained on the set `name`."""
+def encoder_file(folder, source, name, seed, kind="convnet"):
+    """Where --save-encoder keeps the encoder pre-trained on the set `name`; its end tells one run's from another's."""
+    run = fingerprint(str(source.run_dir), identity(name, source))
     name = re.sub(r"[^\w.-]+", "_", name.replace("@", "_at_"))
-    return Path(folder) / f"{name}_{seed}{'' if kind == 'convnet' else '_' + kind.replace(':', '_')}.pt"
+    return Path(folder) / f"{name}_{seed}{'' if kind == 'convnet' else '_' + kind.replace(':', '_')}_{run}.pt"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1096,7 +1096,7 @@ def rows_of(records, source):
     at = source.distilled["dataset"], f"{source.distilled['percent']:g}", s["ssl"], one["encoder"], one["protocol"]
     as_in_the_paper = not one["stratified"] and s["width"] == 128 and not s["train_images"]
     paper = paper_values() if as_in_the_paper else {}
-    if s.get("objective", "kd") != "kd":                  # the paper's baselines learn representations from a teacher
+    if not (source.run_dir.parent / "teacher.pt").exists() or s["teacher_width"] != 64:     # rows without teacher
         paper = {key: value for key, value in paper.items() if key[6] in ("none", "mtt_ssl")}
     with_mse, marked, beside = any(r["mse"] is not None for r in records), False, False
     columns = ["Labels", "Pre-training set", "Rate", *tasks, *["MSE to teacher"] * with_mse]
@@ -1371,7 +1371,8 @@ def parse(argv):
     parser.add_argument("--deterministic", action="store_true",
                         help="bit-identical results, slower: no timing decides what is compiled, and on a GPU sums are "
                              "taken in a fixed order")
-    parser.add_argument("--save-encoder", metavar="FOLDER", help="keep each pre-trained encoder there as SET_SEED.pt")
+    parser.add_argument("--save-encoder", metavar="FOLDER",
+                        help="keep each pre-trained encoder there as SET_SEED_FINGERPRINT.pt")
     args = parser.parse_args(argv)
     table = TABLES.get(args.table, {})
     if not (args.run_dir or args.table):
@@ -1404,17 +1405,18 @@ def main(argv=None):
             for run in there or args.runs[:1]:
                 sets = [name.replace("{run}", str(run)) for name in args.sets]
                 if args.table:
-                    for name in [n for n in sets if n.startswith("distilled:") and not Path(n[10:]).exists()]:
-                        sets.remove(name)
-                        print(f"eval: {name} is left out: there is no such file", flush=True)
+                    for name in [n for n in sets if n.startswith("distilled:")]:
+                        path = Path(name[10:]) if name.endswith(".pt") else Path(name[10:], "distilled.pt")
+                        if not path.exists():
+                            sets.remove(name)
+                            print(f"eval: {name} is left out: there is no {path}", flush=True)
                 # The run's own data set first, as in the paper's tables.
-                seven = sorted(TASKS, key=lambda t: not run.parent.name.startswith(t))
+                seven = sorted(TASKS, key=lambda t: run.parent.name.split("_")[0] != t)
                 tasks = [t for task in args.tasks for t in (seven if task == "all" else [task])]
-                folder = args.save_encoder and Path(args.save_encoder, *(run.parts[-2:] if len(args.runs) > 1 else ()))
                 with hold(run.parent) if not rank() and run.exists() else contextlib.nullcontext():
                     evaluate(run, sets, tasks, args.labels, args.seeds, args.encoders, args.protocol, args.stratified,
-                             args.image_size, args.data_dir, device, folder, args.compile, args.paired, args.pixels,
-                             args.ssl_epochs, args.krr_iterations, args.dm_iterations)
+                             args.image_size, args.data_dir, device, args.save_encoder, args.compile, args.paired,
+                             args.pixels, args.ssl_epochs, args.krr_iterations, args.dm_iterations)
                 print((run / "results.md").read_text())
             leave_ranks()
     except InputError as error:

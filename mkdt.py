@@ -13,8 +13,8 @@ The file follows Algorithm 1 from top to bottom:
     bench               what all of that will cost on this machine
     figure1   Fig. 1    why self-supervised trajectories cannot be matched: the same, by other losses
 
-Bare defaults are the paper's but for --clip. Everything is written below --run-dir; a run that was stopped goes on
-where it was.
+Bare defaults are the paper's but for --clip and --bf16. Everything is written below --run-dir; a run that was stopped
+goes on where it was.
 """
 import argparse
 import contextlib
@@ -39,10 +39,10 @@ import eval as evaluation
 import models
 from data import (Checkpoint, Log, denormalize, duration, fingerprint, free_memory, hold, load, load_dataset, normalize,
                   read_json, require_memory, require_space, save, save_json, two_views, write_file)
-from models import (ConvNet, InputError, activation_bytes, average_over_ranks, build, compile_if_it_pays, first_line,
-                    flat_parameters, from_rank_0, functional, generator, join_ranks, leave_ranks, objective,
-                    out_of_memory, pick_device, rank, rank_0_first, ranks, rows_of_all_ranks, seconds_a_call,
-                    self_supervised_loss, stream, wait_for_ranks)
+from models import (ConvNet, InputError, activation_bytes, average_over_ranks, batches, build, compile_if_it_pays,
+                    first_line, flat_parameters, from_rank_0, functional, generator, join_ranks, leave_ranks,
+                    objective, out_of_memory, pick_device, rank, rank_0_first, ranks, rows_of_all_ranks,
+                    seconds_a_call, self_supervised_loss, stream, targets_of, wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -51,7 +51,7 @@ from models import (ConvNet, InputError, activation_bytes, average_over_ranks, b
 # meaning. Each is a flag (--syn-steps 40) and is kept in the run folder's config.json. A stage depends on its own
 # settings and on those of the stages above it.
 SETTINGS = {
-    "train_images":       ("data", 0, "use only the first so many training images, of folders: classes; 0 for all"),
+    "train_images":       ("data", 0, "use the first so many training images (of folders: the first classes); 0: all"),
     "image_size":         ("data", 0, "side in pixels to which images are squashed; 0: their own (folders: 32)"),
     "ssl":                ("teacher", "barlow", "self-supervised loss: barlow (Eq. 1) or simclr (Table 6)"),
     "teacher_width":      ("teacher", 64, "channels of the ResNet-18's first stage; representations have 8 times more"),
@@ -101,11 +101,13 @@ DATASETS = {
                    syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=180, pretrain_batch=50),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
-# Students of other systems, as in appendix A.2: self-supervised ones are trained by Adam.
+# Students of other systems, as in appendix A.2: self-supervised ones are trained by Adam. It names no rate for the inner
+# steps: those of MTT's public code, which starts at the rate of its experts.
+MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
 OBJECTIVES = {
     "kd": {},
-    "ssl": dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, init="random"),
-    "ce": dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0, expert_decay=0.0, init="random"),
+    "ssl": dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, **MTT),
+    "ce": dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0, expert_decay=0.0, **MTT),
 }
 ROWS = {
     ("cifar10", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
@@ -144,7 +146,7 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
     Adam; Barlow Twins warms up for min(10 epochs, 10% of the steps), then follows a cosine to 0.001 of the peak;
     SimCLR keeps a constant rate. The last short batch of an epoch is dropped. Both views go through the network as
     one batch, so batch norm sees them together, in bfloat16 if `bf16`; the loss is float32. Several ranks share each
-    batch and train one network. monitor(encoder) -> {name: value} is logged ten times. Raises InputError on a
+    batch and train one network. monitor(encoder) -> {name: value} is logged about ten times. Raises InputError on a
     non-finite loss.
     """
     images = dataset.train_images
@@ -243,16 +245,16 @@ def train_expert(step, theta, state, images, targets, prepare, epochs, lr, batch
     """One expert trajectory: theta*_0 .. theta*_epochs, the weights after each epoch, as [epochs + 1, P] (Eq. 7).
 
     step, state: the update of `sgd_step` and its velocity, zeros at first. images uint8 [n, 3, H, W], `prepare`
-    normalises a batch; targets: Z_T [n, d], or what else `evaluation.targets_of` knows.
+    normalises a batch; targets: Z_T [n, d], or what else `targets_of` knows.
     A fresh order each epoch, the short last batch kept, no augmentation of the images, constant rate.
     """
     trajectory = torch.empty(epochs + 1, len(theta), dtype=theta.dtype)
     trajectory[0] = theta                                     # on the CPU; rows are copies, not the live weights
     per_epoch = math.ceil(len(images) / batch_size)
     first = checkpoint.restore(theta=theta, velocity=state, trajectory=trajectory) if checkpoint else 0
-    steps = enumerate(evaluation.batches(len(images), batch_size, epochs, seed, "expert order", images.device))
+    steps = enumerate(batches(len(images), batch_size, epochs, seed, "expert order", images.device))
     for s, (epoch, batch) in itertools.islice(steps, first, None):
-        y = evaluation.targets_of(targets, batch, stream(seed, "expert views", s))
+        y = targets_of(targets, batch, stream(seed, "expert views", s))
         theta, state = step(theta, state, prepare(images[batch]), y, lr)
         if (s + 1) % per_epoch == 0:
             trajectory[epoch + 1] = theta
@@ -265,7 +267,7 @@ def mean_loss(f, theta, images, targets, prepare):
     """What students minimise, of the first thousand images at most: a number for the log."""
     parts = torch.arange(min(1000, len(images)), device=images.device).split(evaluation.CHUNK)
     with torch.no_grad():
-        return sum(len(part) * student_loss(f)(theta, prepare(images[part]), evaluation.targets_of(targets, part, 0))
+        return sum(len(part) * student_loss(f)(theta, prepare(images[part]), targets_of(targets, part, 0))
                    for part in parts) / min(1000, len(images))
 
 
@@ -337,10 +339,10 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
 
 def draw_batches(n, steps, batch_size, rng):
     """`steps` mini-batches of 0..n-1: permutations cut in pieces of `batch_size` (the short one kept), as needed."""
-    batches = []
-    while len(batches) < steps:
-        batches += torch.randperm(n, generator=rng).split(batch_size)
-    return batches[:steps]
+    drawn = []
+    while len(drawn) < steps:
+        drawn += torch.randperm(n, generator=rng).split(batch_size)
+    return drawn[:steps]
 
 
 def draw_trajectory(experts, max_start_epoch, n, syn_steps, batch_size, rng):
@@ -387,10 +389,10 @@ def distill(gradient, adjoint, expert, experts, images, targets, iterations, tra
     """Algorithm 1, lines 4 to 19. Returns the distilled images [n, 3, H, W], the learned rate and the iterations done.
 
     gradient, adjoint: see `matching_gradient`. expert(i): trajectory i of `experts`, [T + 1, P], on any device.
-    images, targets: D_syn as initialised and Z_syn, which stays fixed (or what else `evaluation.targets_of` knows).
+    images, targets: D_syn as initialised and Z_syn, which stays fixed (or what else `targets_of` knows).
     trajectories: draws of expert and start epoch whose gradients an iteration averages, divided over the ranks; one in
     Algorithm 1. pixel_lr, syn_lr_lr, momentum, clip: see `update`. snapshot(iteration, images, lr) is called every
-    1,000 iterations.
+    1,000 iterations and before one that is not usable.
     Logged, as means since the last line: Eq. 4's loss; the learned rate; mean absolute change of the pixels (in
     standard deviations); the inner loop's distance from theta*_t over the expert's; images clipped an iteration.
     Raises InputError at an iteration whose loss or gradient is not finite or whose rate is not positive; the state
@@ -412,11 +414,11 @@ def distill(gradient, adjoint, expert, experts, images, targets, iterations, tra
     log.start(first)
     for s in range(first, iterations):                                                             # line 5
         results = []
-        for k, (i, t, batches) in list(enumerate(draw(s)))[rank()::ranks()]:            # lines 6, 7 and 10 - 12
-            theta, target, *batches = (x.to(device, non_blocking=True)                  # lines 8, 9
-                                       for x in (expert(i)[t], expert(i)[t + match_epochs], *batches))
-            steps = [(b, evaluation.targets_of(targets, b, stream(seed, "distill views", s, k, n)))
-                     for n, b in enumerate(batches)]
+        for k, (i, t, drawn) in list(enumerate(draw(s)))[rank()::ranks()]:              # lines 6, 7 and 10 - 12
+            theta, target, *drawn = (x.to(device, non_blocking=True)                    # lines 8, 9
+                                     for x in (expert(i)[t], expert(i)[t + match_epochs], *drawn))
+            steps = [(b, targets_of(targets, b, stream(seed, "distill views", s, k, n)))        # (b_n, Z_syn[b_n])
+                     for n, b in enumerate(drawn)]
             results.append(matching_gradient(gradient, adjoint, theta, target, images, lr, steps))  # lines 13 - 17
         loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
         new, clipped = update(state, grad_images, grad_lr, s, pixel_lr, syn_lr_lr, momentum, clip)      # line 18
@@ -458,7 +460,8 @@ def not_usable(broken, lr, trajectories, pixel_lr, syn_lr, syn_lr_lr, clip):
     return InputError(
         f"distill: iteration {at:.0f} is not usable: loss {loss:.3g}, gradient norm {norm:.3g}, new rate {new_lr:.3g}, "
         f"old {lr:.3g}, {starts}. The state before it is saved. Lower --pixel-lr {pixel_lr:g}, --syn-lr-lr "
-        f"{syn_lr_lr:g} or --syn-lr {syn_lr:g}, or give a smaller --clip (now {clip:g}; 0 is none), with --force")
+        f"{syn_lr_lr:g} or --syn-lr {syn_lr:g}, or give a smaller --clip (now {clip:g}; 0 is none), with --force, which begins "
+        "anew and removes distilled_*.pt")
 
 
 def finite(tensor, what, remedy):
@@ -556,8 +559,7 @@ class Run:
             raise InputError(f"--percent {settings['percent']:g} of {len(self.dataset.train_images)} training images "
                              f"is {self.size} images: it must leave at least one and at most all")
         self.representations_file = args.representations
-        self.data_fingerprint = fingerprint(self.dataset.train_images, self.dataset.test_images, self.dataset.mean,
-                                            self.dataset.std)
+        self.data_fingerprint = self.dataset.fingerprint()
         self.log = Log(None if rank() else self.run_dir / "log.jsonl", args.log_seconds, set=self.set_dir.name)
 
     def folder(self, stage):
@@ -652,11 +654,13 @@ class Run:
         def choose(f, example, steps, name="step", **options):
             config = self.config(folder)
             kept = config[stage].setdefault("compiled", {})
-            mode = self.compile if name not in kept or self.compile != "auto" else "on" if kept[name] else "off"
+            known = name in kept and self.compile == "auto"
+            mode = ("on" if kept[name] else "off") if known else self.compile
             f, kept[name], seconds = compile_if_it_pays(f, example, steps, mode, **options)
             if rank() == 0:
                 save_json(folder / "config.json", config)
-            print(f"{stage}: {steps} x {name}, {'compiled' if kept[name] else 'eager'}, about "
+            how = ("compiled" if kept[name] else "eager") + ", as before" * known
+            print(f"{stage}: {steps} x {name}, {how}, about "
                   f"{duration(seconds * steps)}", flush=True)
             return f
         return choose
@@ -770,7 +774,7 @@ def experts_stage(run):
     run.require_step_memory("experts", model, size, "--expert-batch")
     theta, first = flat_parameters(model), torch.arange(size, device=run.device)
     step, state = optimizer_of(student_loss(f), s, theta)
-    y = evaluation.targets_of(targets, first, 0)
+    y = targets_of(targets, first, 0)
     example = theta, state, data.batch(data.train_images[:size]), y, s["expert_lr"]
     step = run.speed_up("experts")(step, example, steps)
     missing = missing[rank()::ranks()]
@@ -854,7 +858,7 @@ def distill_stage(run):
     run.require_step_memory("distill", model, 2 * size, "--syn-batch or --syn-steps",          # there and back, twice
                             beside=4 * (s["syn_steps"] * trajectories[0].shape[1] + 4 * images.numel()))
     theta, steps = trajectories[0][0].to(run.device), s["iterations"] * s["syn_steps"]
-    example = theta, images[:size], evaluation.targets_of(targets, torch.arange(size, device=run.device), 0)
+    example = theta, images[:size], targets_of(targets, torch.arange(size, device=run.device), 0)
     gradient = speed_up(inner_gradient(student_loss(f)), example, steps, name="gradient")
     adjoint = speed_up(inner_adjoint(student_loss(f)), (*example, theta.clone()), steps, name="adjoint")
 
@@ -1021,8 +1025,8 @@ def compare_gradients(run, z, gradient, adjoint):
             if growth * N > free_memory(run.device):
                 print(f"{name}, N = {N}: left out, it needs {growth * N / 1e9:.0f} GB")
                 break
-            batches = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
-            steps = [(batch.to(run.device), z[:run.size][batch]) for batch in batches]
+            drawn = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
+            steps = [(batch.to(run.device), z[:run.size][batch]) for batch in drawn]
             example = theta, target, images, torch.tensor(s["syn_lr"], device=run.device), steps
             version(*example)
             seconds, peak = measure(version, example)
@@ -1088,15 +1092,33 @@ def print_row(row, first):
 FIGURE1 = {
     "MTT": dict(objective="ce", expert_batch=256, syn_steps=20, match_epochs=4),
     "MTT-SSL": dict(objective="ssl", expert_batch=1024, syn_steps=10, match_epochs=2),
-    "MTT-SSL, 4x batch": dict(objective="ssl", expert_batch=4096, syn_steps=10, match_epochs=2),
     "MKDT": dict(objective="kd"),
 }
-FIGURE1_COMMON = dict(percent=1.0, init="random", max_start_epoch=0, pixel_lr=1000.0, clip=0.0, iterations=100)
+FIGURE1_COMMON = dict(percent=1.0, expert_epochs=7, max_start_epoch=0, pixel_lr=1000.0, clip=0.0, iterations=100)
+
+
+def figure1_systems(dataset, given):
+    """{name: settings} of what Fig. 1 compares, changed by `given` (flags). Raises InputError where they cannot be."""
+    if wrong := {"objective", "init"} & given.keys():
+        raise InputError(f"figure1 compares all objectives from random images: leave out --{wrong.pop()}")
+    if ranks() > 1:
+        raise InputError(f"figure1 runs in one process, not {ranks()}")
+    systems = {name: resolve(dataset, {**FIGURE1_COMMON, "init": "random", **system, **given})
+               for name, system in FIGURE1.items()}
+    large = {**systems["MTT-SSL"], "expert_batch": 4 * systems["MTT-SSL"]["expert_batch"]}
+    for s in (*systems.values(), large):
+        check_settings(s)
+    return {"MTT": systems["MTT"], "MTT-SSL": systems["MTT-SSL"], "MTT-SSL, 4x batch": large, "MKDT": systems["MKDT"]}
 
 
 def variance_of_trajectories(trajectories):
     """Fig. 1a: E |theta_t - E theta_t|^2 per weight at each epoch, over trajectories [R, T + 1, P] -> [T + 1]."""
     return (trajectories - trajectories.mean(dim=0)).square().mean(dim=(0, 2))
+
+
+class Forgetful:
+    """A checkpoint of a loop that is too short to be kept."""
+    due, restore, save = (lambda self: False), (lambda self, **parts: 0), (lambda self, step, **parts: None)
 
 
 class Recorder(Log):
@@ -1133,19 +1155,20 @@ def figure1_system(run, s, trajectories=5):
 
     steps = trajectories * s["expert_epochs"] * math.ceil(n / size)
     step = speed_up(step, (theta, state, data.batch(data.train_images[:size]),
-                           evaluation.targets_of(targets, first[:size], 0), s["expert_lr"]), steps)
+                           targets_of(targets, first[:size], 0), s["expert_lr"]), steps)
     experts = torch.stack([train_expert(step, theta, torch.zeros_like(state), data.train_images, targets, data.batch,
                                         s["expert_epochs"], s["expert_lr"], size, stream(run.seed, "figure1", k))
                            for k in range(trajectories)])
-    example = theta, images[:syn], evaluation.targets_of(syn_targets, first[:syn], 0)
+    example = theta, images[:syn], targets_of(syn_targets, first[:syn], 0)
     steps = s["iterations"] * s["syn_steps"]
     gradient = speed_up(inner_gradient(student_loss(f)), example, steps)
     adjoint = speed_up(inner_adjoint(student_loss(f)), (*example, theta.clone()), steps)
     log = Recorder(interval=run.log.interval)
     try:
-        distill(gradient, adjoint, lambda i: experts[0], 1, images, syn_targets, s["iterations"], 1, s["syn_steps"],
-                s["match_epochs"], s["max_start_epoch"], s["pixel_lr"], s["syn_lr"], s["syn_lr_lr"], s["syn_momentum"],
-                s["syn_batch"], s["clip"], run.seed, log, Checkpoint(run.run_dir / "figure1" / "state.pt", math.inf))
+        distill(gradient, adjoint, lambda i: experts[0], 1, images, syn_targets, s["iterations"], trajectories=1,
+                syn_steps=s["syn_steps"], match_epochs=s["match_epochs"], max_start_epoch=s["max_start_epoch"],
+                pixel_lr=s["pixel_lr"], syn_lr=s["syn_lr"], syn_lr_lr=s["syn_lr_lr"], momentum=s["syn_momentum"],
+                batch_size=s["syn_batch"], clip=s["clip"], seed=run.seed, log=log, checkpoint=Forgetful())
     except InputError as error:                                       # that it cannot be matched is a result as well
         print(f"figure1: {error}", flush=True)
     return {"variance": variance_of_trajectories(experts).tolist(), "loss": [r["loss"] for r in log.records],
@@ -1163,7 +1186,6 @@ def figure1_stage(run, systems):
             continue
         print(f"figure1: {name}: {describe(s, 'experts')}  {describe(s, 'distill')}", flush=True)
         found[name] = {"made_from": made_from, **figure1_system(run, s)}
-        (folder / "state.pt").unlink(missing_ok=True)
         save_json(path, found)
     panels = {"variance": ("epoch", "variance per weight"), "loss": ("iteration", "Eq. 4"),
               "moved": ("iteration", "mean |change| of a pixel (deviations)")}
@@ -1213,6 +1235,15 @@ def resolve(dataset, given):
     return settings
 
 
+def unused(args, given):
+    """The flags on the command line that this run has no use for, in words."""
+    without_teacher = bool(args.representations) or given.get("objective", "kd") != "kd"
+    flags = {k for k in given if SETTINGS[k][0] == "teacher" and without_teacher}
+    if given.get("objective") == "ssl":                      # Adam; augmentations, which change, are not compiled
+        flags = flags - {"crop_scale", "gray"} | ({"expert_momentum"} & given.keys()) | {"compile"} * (args.compile == "on")
+    return ", ".join(sorted(f"--{flag.replace('_', '-')}" for flag in flags))
+
+
 def describe(settings, stage):
     """One line with the settings of a stage."""
     own = (stage, "length") if stage == "distill" else (stage,)
@@ -1257,7 +1288,8 @@ def parse(argv):
                         help="one stage, all of them in order, bench: what the whole run will cost on this machine, or "
                              "figure1: after the teacher, Fig. 1 of the paper")
     parser.add_argument("--dataset", default="cifar10",
-                        help=f"{', '.join(DATASETS)}; a folder with train/ and test/ inside; or an .npz file")
+                        help=f"{', '.join(DATASETS)}; another task of eval.py by name; a folder with train/ and test/ "
+                             "inside; or an .npz file")
     parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept")
     parser.add_argument("--run-dir", default=argparse.SUPPRESS, help="where results go (default: runs/DATASET)")
     parser.add_argument("--representations", metavar="FILE",
@@ -1291,10 +1323,11 @@ def main(argv=None):
     try:
         device = join_ranks(pick_device(args.device, args.deterministic))
         with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
-            if args.stage == "figure1":
-                given = {**FIGURE1_COMMON, **given}
-            settings = resolve(args.dataset, given)
+            systems = figure1_systems(args.dataset, given) if args.stage == "figure1" else {}
+            settings = systems["MKDT"] if systems else resolve(args.dataset, given)
             check_settings(settings)
+            if not systems and (flags := unused(args, given)):
+                print(f"settings: without effect in this run: {flags}", flush=True)
             run = Run(args, settings, device)
             if args.stage == "bench":
                 bench_stage(run)
@@ -1306,10 +1339,7 @@ def main(argv=None):
                     print(f"{name}: {describe(settings, name)}", flush=True)
                     STAGES[name](run)
                     wait_for_ranks()
-                if args.stage == "figure1":
-                    systems = {k: resolve(args.dataset, {**changes, **given}) for k, changes in FIGURE1.items()}
-                    for s in systems.values():
-                        check_settings(s)
+                if systems:
                     figure1_stage(run, systems)
             leave_ranks()
     except InputError as error:

@@ -225,11 +225,25 @@ def objective(f, x, y):
 
     The teacher's representations, float [B, d]: their mean squared error over batch and dimensions, L_KD of Eq. 5.
     Labels, int64 [B]: cross-entropy, what MTT (Cazenavette et al. 2022) matches the trajectories of.
-    Two augmentations, functions of x: SimCLR's loss of the two views they give, MTT-SSL's (appendix F).
+    Two augmentations, functions of x: SimCLR's loss (temperature 0.5) of the two views they give, MTT-SSL's (appendix F).
     """
     if isinstance(y, tuple):
         return nt_xent_loss(*(f(augment(x)) for augment in y))
     return F.mse_loss(f(x), y) if y.is_floating_point() else F.cross_entropy(f(x), y)
+
+
+def batches(n, batch_size, epochs, seed, name, device):
+    """(epoch, indices) of the mini-batches of `epochs` passes over n images, the short last batch of each kept."""
+    for epoch in range(epochs):
+        order = torch.randperm(n, generator=generator(seed, name, epoch)).to(device)
+        for batch in order.split(batch_size):
+            yield epoch, batch
+
+
+def targets_of(targets, batch, draw):
+    """y of `objective` for the images `batch`: the rows of a tensor, representations [n, d] or labels [n]; or
+    targets(len(batch), draw), the augmentations that the seed `draw` stands for."""
+    return targets(len(batch), draw) if callable(targets) else targets[batch]
 
 
 # ------------------------------------------------------------------------------------------------------------

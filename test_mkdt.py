@@ -198,6 +198,14 @@ def test_folder_is_read_sorted_and_squashed(tmp_path):
     d = data.load_dataset(str(root), tmp_path / "cache")
     assert d.name == "pets" and d.train_images.shape == (7, 3, 32, 32) and d.train_labels.tolist() == [0] * 4 + [1] * 3
     assert d.labelled and (d.train_images[1] == 9).all()
+    Image.new("L", (5, 5)).save(root / "train/cat/.hidden.png")
+    assert len(data.load_dataset(str(root), tmp_path / "cache").train_images) == 7
+    for lost in ("test/cow/0.png", "train/0.png", "train/cat/old/0.png"):           # nothing is left out without a word
+        (root / lost).parent.mkdir(exist_ok=True)
+        Image.new("L", (5, 5)).save(root / lost)
+        with pytest.raises(InputError, match=f"{lost} .of 1 such images. has no place"):
+            data.load_dataset(str(root), tmp_path / "cache")
+        (root / lost).unlink()
     with Image.open(root / "test/dog/2.png") as image:
         expected = torch.from_numpy(np.array(image.resize((32, 32), Image.Resampling.LANCZOS)))
     assert torch.equal(d.test_images[-1].permute(1, 2, 0), expected)
@@ -1037,11 +1045,16 @@ def test_distilled_sets_of_three_systems(tmp_path, capsys):
         data.save(tmp_path / f"theirs/synlr_{s}.pt", torch.tensor(0.36))
     data.save(tmp_path / "krr/x_syn_final.pt", raw.clone().requires_grad_())
     data.save(tmp_path / "krr/y_syn.pt", z.clone().requires_grad_())
+    data.save(tmp_path / "unfinished/distilled_01000.pt", {"images": raw, "representations": z, "lr": 0.4})
     for path, images, rate in (("ours", normalised, 0.2), ("ours/distilled_01000.pt", 2 * normalised, 0.3),
-                               ("theirs", 2000 * normalised, 0.36), ("theirs/images_300.pt", 300 * normalised, 0.36)):
+                               ("theirs", 2000 * normalised, 0.36), ("theirs/images_300.pt", 300 * normalised, 0.36),
+                               ("unfinished", raw, 0.4)):
         x, y, lr = read(path)
         assert torch.allclose(x, images) and torch.equal(y, z) and lr == pytest.approx(rate), path
-    assert capsys.readouterr().out == ""
+        said = capsys.readouterr().out
+        assert ("is taken" in said) == (tmp_path / path).is_dir() and "normalised" not in said
+    assert torch.equal(read("ours", "raw")[0], normalised)                                 # our files say what they are
+    assert torch.allclose(read("theirs/images_300.pt", "raw")[0], data.normalize(300 * normalised, mean, std))
     x, y, lr = read("krr")
     assert torch.allclose(x, normalised) and not x.requires_grad and not y.requires_grad and lr is None
     assert "taken for raw ones and normalised" in capsys.readouterr().out
@@ -1196,13 +1209,14 @@ def test_odd_images(tmp_path):
     Image.new("RGB", (8, 8), BLUE).save(folder / "7.png")
     (folder / "7.png").rename(folder / "7 wrong suffix.JPG")
     Image.new("P", (8, 8)).save(folder / "8 ünïcode 图.png")
+    Image.fromarray(np.full((4, 4), 200, np.uint16)).save(folder / "9 dark sixteen bit.png")
     (folder / "notes.txt").write_text("not an image")
     (folder / ".DS_Store").write_bytes(b"\0")
     d = data.load_dataset(str(root), tmp_path)
     colours = d.train_images.float().mean(dim=(2, 3)).round().tolist()
-    for found, expected in zip(colours, ([9] * 3, RED, RED, [127] * 3, RED, GREEN, [255] * 3, BLUE, [0] * 3)):
+    for found, expected in zip(colours, ([9] * 3, RED, RED, [127] * 3, RED, GREEN, [255] * 3, BLUE, [0] * 3, [0] * 3), strict=True):
         assert np.abs(np.subtract(found, expected)).max() <= 2, (found, expected)
-    assert len(d.train_images) == 9 and d.train_images[3, 0, 0, 0] < 20 and d.train_images[3, 0, -1, -1] > 235
+    assert d.train_images[3, 0, 0, 0] < 20 and d.train_images[3, 0, -1, -1] > 235
     for name, content, message in (("x.png", b"", "x.png"), ("y.jpg", b"\xff\xd8\xff", "y.jpg"), ("z.png", b"text", "z.png")):
         (folder / name).write_bytes(content)
         with pytest.raises(InputError, match=f"cannot read the image .*{message}.*repair or remove"):
@@ -1842,7 +1856,7 @@ def test_stages_one_by_one_in_any_order(tmp_path, capsys):
     where = ["--dataset", "shapes", *at(tmp_path), *TINY]
     for stage in ("experts", "init", "distill", "eval"):                   # too early: refused, and nothing is spoilt
         assert mkdt.main(["--stage", stage, *where]) == 2
-        assert "representations.pt does not exist: run the stage that makes it" in capsys.readouterr().err
+        assert re.search(r"representations.pt does not exist.*--stage all", capsys.readouterr().err)
     for stage in ("teacher", "experts", "init", "distill"):
         assert mkdt.main(["--stage", stage, *where, "--iterations", "0"]) == 0
     d = data.load(tmp_path / "run/5pct_high_loss/distilled.pt")
@@ -1853,7 +1867,7 @@ def test_stages_one_by_one_in_any_order(tmp_path, capsys):
     assert sets == {"5pct_high_loss"}
 
 
-def test_more_iterations_and_seeds_extend(finished, tmp_path):
+def test_more_iterations_and_seeds_extend(finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "x")
     where = ["--dataset", "shapes", *at(tmp_path / "x"), *TINY]
     before = data.load(tmp_path / "x/run/5pct_high_loss/distilled.pt")
@@ -1869,7 +1883,18 @@ def test_more_iterations_and_seeds_extend(finished, tmp_path):
     kept = {r["pretraining"] for r in records if r["labels_percent"] == 5}      # rows that the new images do not touch
     assert kept == {"none", "random", "high_loss", "full"}
     model = models.ConvNet(16, 32, 4)
-    model.load_state_dict(data.load(Path(folder) / "encoders/random_at_0.3_5.pt"))
+    kept, = (Path(folder) / "encoders").glob("random_at_0.3_5_*.pt")
+    model.load_state_dict(data.load(kept))
+    shutil.move(tmp_path / "x/run", tmp_path / "x/another")                          # another run's are other files
+    assert evaluation.main(["--run-dir", str(tmp_path / "x/another/5pct_high_loss"), "--data-dir", str(tmp_path / "x/data"),
+                            "--seeds", "5", "--sets", "random@0.3", "--save-encoder", str(tmp_path / "encoders")]) == 0
+    assert kept.name not in {p.name for p in (tmp_path / "encoders").iterdir()}
+    Path(tmp_path / "x/data/shapes.npz").unlink()
+    np.savez(tmp_path / "x/data/shapes.npz", **data.make_shapes(400, 100, seed=7))
+    capsys.readouterr()
+    assert evaluation.main(["--run-dir", str(tmp_path / "x/another/5pct_high_loss"), "--data-dir",
+                            str(tmp_path / "x/data")]) == 2
+    assert "the images of shapes are not those that" in capsys.readouterr().err
 
 
 def test_experts_extend_are_remade_identically_and_forced(finished, tmp_path):
@@ -1968,12 +1993,13 @@ def test_a_table_of_the_paper_beside_its_values(finished, tmp_path, monkeypatch,
     shutil.move("runs/cifar10/5pct_high_loss", "runs/cifar10/2pct_high_loss")
     Path("runs/cifar10/2pct_high_loss/results.json").unlink()
     config = data.read_json("runs/cifar10/2pct_high_loss/config.json")
-    config["settings"].update(width=128, train_images=0)                       # the paper's values are for its settings
-    data.save_json("runs/cifar10/2pct_high_loss/config.json", config)
     run = Path("runs/cifar10/2pct_high_loss")
     Path("data").mkdir()
     shapes = data.read_npz(finished / "data/shapes.npz")
     np.savez("data/cifar10.npz", **{k: v[:200 if "train" in k else 100] for k, v in shapes.items()})
+    config["settings"].update(width=128, teacher_width=64, train_images=0)     # the paper's values are for its settings
+    config["distill"]["inputs"]["data"] = data.load_dataset("cifar10").fingerprint()
+    data.save_json("runs/cifar10/2pct_high_loss/config.json", config)
     data.save(run / "distilled.pt", {**data.load(run / "distilled.pt"), "dataset": "cifar10", "percent": 2.0})
 
     def offline(*args, **kwargs):
@@ -1994,6 +2020,11 @@ def test_a_table_of_the_paper_beside_its_values(finished, tmp_path, monkeypatch,
     assert "runs/cifar100/2pct_high_loss is left out" in out and "| 50% | No Pre-Training |" in out
     assert evaluation.main(["--table", "7", "--run-dir", str(run), "--tasks", "cifar10", "--sets", "none"]) == 0
     assert "| 50% | No Pre-Training |  | " in capsys.readouterr().out and len(data.read_json(run / "results.json")) > 10
+    Path("runs/cifar10/teacher.pt").unlink()                                                    # another model's teacher
+    assert evaluation.main(["--run-dir", str(run), "--sets", "none", "mkdt", "--tasks", "cifar10", "--seeds", "0", "1"]) == 0
+    rows = (run / "results.md").read_text().splitlines()
+    beside = {rows[i - 1].split("|")[2].strip() for i, row in enumerate(rows) if row.startswith("| | *paper*")}
+    assert beside == {"No Pre-Training"}
     with pytest.raises(SystemExit):
         evaluation.main(["--sets", "none"])
 
@@ -2029,7 +2060,9 @@ def test_other_objectives_run_end_to_end(tmp_path, system, capsys):
     argv = ["--dataset", str(tmp_path / "x.npz"), *SMALLEST, "--objective", system, "--run-dir", str(tmp_path / "run"),
             "--percent", "10", "--pretrain-epochs", "5", "--pretrain-batch", "10"]
     assert mkdt.main(argv) == 0
-    assert "needs none" in capsys.readouterr().out and not (tmp_path / "run/teacher.pt").exists()
+    said = capsys.readouterr().out
+    assert "needs none" in said and not (tmp_path / "run/teacher.pt").exists()
+    assert "without effect in this run: --bf16, --teacher-batch, --teacher-epochs, --teacher-width" in said
     folder = tmp_path / "run/10pct_random"
     d, losses = data.load(folder / "distilled.pt"), data.load(folder / "init.pt")
     dataset = data.load_dataset(str(tmp_path / "x.npz"))
@@ -2059,11 +2092,15 @@ def test_other_objectives_run_end_to_end(tmp_path, system, capsys):
 def test_figure_1_of_four_systems(tmp_path, capsys):
     np.savez(tmp_path / "x.npz", **data.make_shapes(300, 10, size=16))
     argv = ["--stage", "figure1", "--dataset", str(tmp_path / "x.npz"), "--run-dir", str(tmp_path / "run"), "--percent", "4",
-            "--pixel-lr", "1", "--syn-lr-lr", "0", "--teacher-width", "1", "--teacher-epochs", "1", "--teacher-batch", "32", "--width", "2", "--expert-epochs", "4",
-            "--syn-steps", "2", "--iterations", "3", "--compile", "off"]
+            "--pixel-lr", "1", "--syn-lr-lr", "0", "--teacher-width", "1", "--teacher-epochs", "1", "--teacher-batch", "32",
+            "--width", "2", "--expert-epochs", "4", "--syn-steps", "2", "--iterations", "3", "--compile", "off"]
+    assert mkdt.main([*argv, "--objective", "ce"]) == 2 and "leave out --objective" in capsys.readouterr().err
+    for name in mkdt.DATASETS:
+        batches = {k: s["expert_batch"] for k, s in mkdt.figure1_systems(name, {"expert_batch": 32}).items()}
+        assert batches == {"MTT": 32, "MTT-SSL": 32, "MTT-SSL, 4x batch": 128, "MKDT": 32}
     assert mkdt.main(argv) == 0
     found = data.read_json(tmp_path / "run/figure1/figure1.json")
-    assert found.keys() == mkdt.FIGURE1.keys()
+    assert list(found) == list(batches)
     for name, values in found.items():
         assert len(values["variance"]) == 5 and values["variance"][0] < 1e-12 < min(values["variance"][1:]), name
         assert len(values["loss"]) == len(values["moved"]) == 3 and values["moved"][-1] > 0, name
