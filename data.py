@@ -70,7 +70,8 @@ def write_file(path, write):
         os.chmod(beside, 0o666 & ~UMASK)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:                 # torch.save turns a full disk into a RuntimeError
-        reason, size = getattr(error, "strerror", None) or first_line(error), Path(beside).stat().st_size
+        reason = getattr(error, "strerror", None) or first_line(error)
+        size = os.path.getsize(beside) if os.path.exists(beside) else 0
         raise InputError(f"cannot write {path}: {reason}, after {size / 1e6:.1f} MB; earlier files are "
                          "untouched") from error
     finally:
@@ -214,15 +215,19 @@ def hold(folder):
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise InputError(f"{folder} is in use by {file.read().strip() or 'another process'}: wait until it is "
                              "done, or give another --run-dir") from None
+        except OSError as error:                                          # some network file systems
+            print(f"{path}: no locks here ({error.strerror}): see to it that one process uses it", flush=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
         file.flush()
         for lost in Path(folder).rglob(".*.beside"):                      # what a killed process was writing
-            lost.unlink(missing_ok=True)
+            below = [path.parent / p for p in lost.relative_to(folder).parents if p != Path(".")]
+            if not any((p / ".lock").exists() for p in below):            # of this folder's, not of other runs in it
+                lost.unlink(missing_ok=True)
         yield
 
 
@@ -527,7 +532,11 @@ def unpacked(data_dir, folder):
                 shutil.unpack_archive(file, beside / "unpacked",
                                       **({} if file.suffix == ".zip" else {"filter": "data"}))
         inside = beside / "unpacked" / folder
-        (inside if inside.is_dir() else beside / "unpacked").rename(data_dir / folder)
+        try:
+            (inside if inside.is_dir() else beside / "unpacked").rename(data_dir / folder)
+        except OSError:
+            if not (data_dir / folder).is_dir():                 # another process was faster
+                raise
     except Exception as error:                                   # no network, a damaged archive, a full disk
         names = ", ".join(url.rsplit("/", 1)[1] for url, _ in files)
         raise InputError(f"cannot fetch {folder} ({first_line(error)}): put whole and undamaged {names} into "
@@ -679,7 +688,7 @@ def read_folder(folder, size):
         raise InputError(f"{folder} has no folder train/: expected train/<class>/* (and test/<class>/*), or train/*")
     def images(root, pattern):
         return [p for p in sorted(root.glob(pattern)) if p.suffix.lower() in SUFFIXES and not any(
-            part.startswith(".") for part in p.relative_to(folder).parts)]                    # hidden, or in hidden ones
+            part.startswith(".") for part in p.relative_to(folder).parts)]                  # hidden, or in hidden ones
 
     classes = sorted({p.parent.name for p in images(folder / "train", "*/*")})
     splits = {}
@@ -687,8 +696,8 @@ def read_folder(folder, size):
         splits[split] = [(p, i) for i, name in (enumerate(classes) if classes else [(-1, "")])
                          for p in images(folder / split / name, "*")]
         if left := set(images(folder / split, "**/*")) - {p for p, _ in splits[split]}:
-            raise InputError(f"{folder}: {min(left)} (of {len(left)} such images) has no place: expected <class>/* with "
-                             "the classes of train/ in both splits, or no folders in either")
+            raise InputError(f"{folder}: {min(left)} (of {len(left)} such images) has no place: expected <class>/* "
+                             "with the classes of train/ in both splits, or no folders in either")
     if not splits["train"]:
         raise InputError(f"{folder / 'train'} holds no images ({', '.join(sorted(SUFFIXES))})")
     return _decode(splits, size)

@@ -130,8 +130,8 @@ def encode(f, images, prepare, chunk=CHUNK):
     uint8 [n, 3, H, W] -> float32 [n, d]."""
     try:
         return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
-    except torch.OutOfMemoryError:
-        if chunk == 1:
+    except RuntimeError as error:
+        if chunk == 1 or not out_of_memory(error):
             raise
     return encode(f, images, prepare, chunk // 2)
 
@@ -847,8 +847,8 @@ def speed_up(kind, source, tasks, shares, names, protocol, mode):
                                            (batch, source.targets[:len(batch)]), steps, True, kept[0])
     encoder.load_state_dict(untouched)
     encoder.eval()
-    student.features, *features = full_batches(torch.no_grad()(encoder.features), (chunk,), encoded / CHUNK, False,
-                                               kept[1])
+    with torch.no_grad():                                   # as in `encode`: else it would be compiled there again
+        student.features, *features = full_batches(encoder.features, (chunk,), encoded / CHUNK, False, kept[1])
     config["eval_compiled"][kind] = [loss[0], features[0]]
     if rank() == 0:
         save_json(source.run_dir / "config.json", config)
@@ -901,7 +901,8 @@ def cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock)
                          s["pretrain_batch"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"])
         elif chosen:
             pretrain(encoder, *chosen, s["pretrain_epochs"], seed, s["pretrain_batch"], loss=student.loss,
-                     prepare=data.batch if chosen.images.dtype == torch.uint8 else lambda x: x)
+                     prepare=data.batch if chosen.images.dtype == torch.uint8 else lambda x: x.contiguous(
+                         memory_format=torch.channels_last))
     encoder.eval()
     if save_encoder:
         save(encoder_file(save_encoder, source, name, seed, student.kind), encoder.state_dict())
@@ -1410,10 +1411,11 @@ def main(argv=None):
                         if not path.exists():
                             sets.remove(name)
                             print(f"eval: {name} is left out: there is no {path}", flush=True)
+                run = run.resolve()
                 # The run's own data set first, as in the paper's tables.
                 seven = sorted(TASKS, key=lambda t: run.parent.name.split("_")[0] != t)
                 tasks = [t for task in args.tasks for t in (seven if task == "all" else [task])]
-                with hold(run.parent) if not rank() and run.exists() else contextlib.nullcontext():
+                with hold(run.parent) if not rank() and (run / "distilled.pt").exists() else contextlib.nullcontext():
                     evaluate(run, sets, tasks, args.labels, args.seeds, args.encoders, args.protocol, args.stratified,
                              args.image_size, args.data_dir, device, args.save_encoder, args.compile, args.paired,
                              args.pixels, args.ssl_epochs, args.krr_iterations, args.dm_iterations)

@@ -64,7 +64,7 @@ SETTINGS = {
     "crop_scale":         ("teacher", 0.08, "smallest share of an image's area that a random crop keeps"),
     "gray":               ("teacher", 0.2, "probability that a view is made grey"),
     "max_pool":           ("teacher", 0, "1: the teacher's stem ends in max-pooling (TinyImageNet)"),
-    "bf16":               ("teacher", "auto", "bfloat16 autocast for the teacher: auto (on GPUs), on or off"),
+    "bf16":               ("teacher", "auto", "bfloat16 autocast for the teacher: auto (GPUs that have it), on or off"),
     "objective":          ("experts", "kd", "what students minimise: kd (Eq. 5), ssl (MTT-SSL, app. F) or ce (MTT)"),
     "width":              ("experts", 128, "channels of the student ConvNet"),
     "expert_epochs":      ("experts", 7, "epochs of expert training; T+ + M is the last one that is read (paper: 20)"),
@@ -101,8 +101,8 @@ DATASETS = {
                    syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, clip=1.0, iterations=180, pretrain_batch=50),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
-# Students of other systems, as in appendix A.2: self-supervised ones are trained by Adam. It names no rate for the inner
-# steps: those of MTT's public code, which starts at the rate of its experts.
+# Students of other systems, as in appendix A.2: self-supervised ones are trained by Adam. It names no rate for inner
+# steps; MTT's public code begins at that of its experts.
 MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
 OBJECTIVES = {
     "kd": {},
@@ -460,8 +460,8 @@ def not_usable(broken, lr, trajectories, pixel_lr, syn_lr, syn_lr_lr, clip):
     return InputError(
         f"distill: iteration {at:.0f} is not usable: loss {loss:.3g}, gradient norm {norm:.3g}, new rate {new_lr:.3g}, "
         f"old {lr:.3g}, {starts}. The state before it is saved. Lower --pixel-lr {pixel_lr:g}, --syn-lr-lr "
-        f"{syn_lr_lr:g} or --syn-lr {syn_lr:g}, or give a smaller --clip (now {clip:g}; 0 is none), with --force, which begins "
-        "anew and removes distilled_*.pt")
+        f"{syn_lr_lr:g} or --syn-lr {syn_lr:g}, or give a smaller --clip (now {clip:g}; 0: none), with --force, which "
+        "begins anew and removes distilled_*.pt")
 
 
 def finite(tensor, what, remedy):
@@ -712,8 +712,9 @@ def teacher_stage(run):
 
 
 def use_bf16(settings, device):
-    """Whether the teacher runs in bfloat16: --bf16, which means on GPUs if it is auto."""
-    return settings["bf16"] == "on" or (settings["bf16"] == "auto" and device.type == "cuda")
+    """Whether the teacher runs in bfloat16: --bf16, which means on GPUs that have it if it is auto."""
+    return settings["bf16"] == "on" or (settings["bf16"] == "auto" and device.type == "cuda"
+                                        and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def teacher_knn(encoder, data, bank=10000, queries=2000):
@@ -1240,7 +1241,8 @@ def unused(args, given):
     without_teacher = bool(args.representations) or given.get("objective", "kd") != "kd"
     flags = {k for k in given if SETTINGS[k][0] == "teacher" and without_teacher}
     if given.get("objective") == "ssl":                      # Adam; augmentations, which change, are not compiled
-        flags = flags - {"crop_scale", "gray"} | ({"expert_momentum"} & given.keys()) | {"compile"} * (args.compile == "on")
+        flags = flags - {"crop_scale", "gray"} | {"expert_momentum"} & given.keys()
+        flags |= {"compile"} if args.compile == "on" else set()
     return ", ".join(sorted(f"--{flag.replace('_', '-')}" for flag in flags))
 
 

@@ -225,7 +225,7 @@ def objective(f, x, y):
 
     The teacher's representations, float [B, d]: their mean squared error over batch and dimensions, L_KD of Eq. 5.
     Labels, int64 [B]: cross-entropy, what MTT (Cazenavette et al. 2022) matches the trajectories of.
-    Two augmentations, functions of x: SimCLR's loss (temperature 0.5) of the two views they give, MTT-SSL's (appendix F).
+    Two augmentations, functions of x: SimCLR's loss (temperature 0.5) of the two views, MTT-SSL's (appendix F).
     """
     if isinstance(y, tuple):
         return nt_xent_loss(*(f(augment(x)) for augment in y))
@@ -336,10 +336,13 @@ def pick_device(name, deterministic=False):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":                                                         # torchrun: a GPU for each process
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    elif name.startswith("cuda:") and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise InputError(f"--device {name} is one GPU for all processes of torchrun: give --device cuda")
     try:
         device = torch.device(name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            torch.backends.cudnn.allow_tf32 = False           # torch's default would round what convolutions are given
         torch.ones(1, device=device).item()
     except Exception as error:
         raise InputError(f"--device {name} cannot be used here ({first_line(error)}): try auto or cpu") from error
@@ -428,7 +431,8 @@ def rows_of_all_ranks(z):
 
 def out_of_memory(error):
     """Whether an exception says that memory did not suffice: torch's on GPUs and on CPUs, or Python's."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(error) for words in ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED"))
 
 
 def first_line(error):

@@ -21,6 +21,8 @@ import time
 import warnings
 from pathlib import Path
 
+GPU, os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES"), ""    # bits are equal on CPUs only
+
 import numpy as np
 import pytest
 import torch
@@ -715,7 +717,7 @@ def test_clipping_is_per_image_and_leaves_the_ordinary_alone():
     assert count == 4 and torch.allclose(spike, 2 * torch.ones(4, 3, 2, 2))
 
 
-def run_distill(tmp_path, iterations, seed=0, name="a", **changes):
+def run_distill(tmp_path, iterations, seed=0, name="a", minutes=5, **changes):
     f, loss, theta, images, z = problem(dtype=torch.float32)
     g = torch.Generator().manual_seed(1)
     real, z_real = torch.randn(40, 3, 8, 8, generator=g), torch.randn(40, 4, generator=g)
@@ -725,7 +727,7 @@ def run_distill(tmp_path, iterations, seed=0, name="a", **changes):
                     syn_lr_lr=1e-3, momentum=0.5, batch_size=8, clip=0.0)
     return mkdt.distill(mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), lambda i: trajectory, 1, images, z,
                         iterations, **{**settings, **changes}, seed=seed, log=data.Log(tmp_path / f"{name}.jsonl", 0),
-                        checkpoint=data.Checkpoint(tmp_path / f"{name}.pt", changes.pop("minutes", 5)))
+                        checkpoint=data.Checkpoint(tmp_path / f"{name}.pt", minutes))
 
 
 def test_distillation_lowers_equation_4(tmp_path):
@@ -734,12 +736,53 @@ def test_distillation_lowers_equation_4(tmp_path):
     assert len(losses) == 30 and np.mean(losses[-9:]) < 0.95 * np.mean(losses[:9])
 
 
-def test_distillation_resumes_bit_for_bit(tmp_path):
-    images, lr, _ = run_distill(tmp_path, 6)
-    run_distill(tmp_path, 4, name="b")
-    resumed, resumed_lr, _ = run_distill(tmp_path, 6, name="b")
-    assert torch.equal(images, resumed) and lr == resumed_lr
-    assert not torch.equal(images, run_distill(tmp_path, 6, seed=1, name="c")[0])
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_distillation_resumes_bit_for_bit(tmp_path, monkeypatch, clip):
+    images, lr, _ = run_distill(tmp_path, 6, clip=clip)
+    assert clip == 0 or not torch.equal(images, run_distill(tmp_path, 6, name="plain")[0])              # it did clip
+    run_distill(tmp_path, 4, name="b", clip=clip)
+    saved = data.Checkpoint.save
+
+    def killed(checkpoint, step, **parts):
+        saved(checkpoint, step, **parts)
+        if step == 4:
+            raise SystemExit
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(data.Checkpoint, "save", killed)
+        run_distill(tmp_path, 6, name="killed", clip=clip, minutes=0)
+    for name in ("b", "killed"):                                                       # extended; stopped on the way
+        resumed, resumed_lr, _ = run_distill(tmp_path, 6, name=name, clip=clip)
+        assert torch.equal(images, resumed) and lr == resumed_lr
+    assert not torch.equal(images, run_distill(tmp_path, 6, seed=1, name="c", clip=clip)[0])
+
+
+def test_distillation_is_algorithm_1(tmp_path):
+    """Lines 4 - 19 once more, naively: torch.optim.SGD on images and rate, all N steps differentiated at once."""
+    f, loss, theta, images, z = problem()
+    trajectories = [theta + 0.02 * torch.randn(5, len(theta), dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+                    for i in range(3)]
+    ours, rate, _ = mkdt.distill(
+        mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), lambda i: trajectories[i], 3, images, z, 6, trajectories=2,
+        syn_steps=4, match_epochs=2, max_start_epoch=2, pixel_lr=3.0, syn_lr=0.1, syn_lr_lr=1e-3, momentum=0.5, batch_size=6,
+        clip=0.0, seed=0, log=data.Log(), checkpoint=data.Checkpoint(tmp_path / "x.pt"))
+    syn, alpha, drawn = images.clone().requires_grad_(), torch.tensor(0.1).requires_grad_(), set()
+    optimizer = torch.optim.SGD([{"params": [syn], "lr": 3.0}, {"params": [alpha], "lr": 1e-3}], momentum=0.5)
+    for s in range(6):
+        rng = models.generator(0, "distill", s)
+        optimizer.zero_grad()
+        for _ in range(2):
+            i, t, batches = mkdt.draw_trajectory(3, 2, 10, 4, 6, rng)
+            drawn.add((i, t))
+            start, target = trajectories[i][t], trajectories[i][t + 2]
+            theta_n = start
+            for batch in batches:
+                theta_n = theta_n.detach().requires_grad_() if theta_n is start else theta_n
+                g, = torch.autograd.grad(loss(theta_n, syn[batch], z[batch]), theta_n, create_graph=True)
+                theta_n = theta_n - alpha * g
+            ((theta_n - target).square().sum() / (start - target).square().sum() / 2).backward()
+        optimizer.step()
+    assert len({i for i, _ in drawn}) == 3 and len({t for _, t in drawn}) == 3              # each is drawn, T+ included
+    assert relative(ours - images, syn.detach() - images) < 1e-5 and float(rate) == pytest.approx(alpha.item(), rel=1e-5)
 
 
 def test_distillation_stops_with_a_reason(tmp_path):
@@ -1463,10 +1506,70 @@ def test_curves_are_drawn_from_the_log(finished, tmp_path):
     assert {"teacher: loss", "experts: loss per epoch", "distill: loss", "distill: lr"} <= set(titles)
 
 
-def test_nothing_finished_is_run_again(finished):
+def test_initial_images_have_the_largest_loss_after_epoch_1(finished):
+    run = finished / "run"
+    dataset, z = data.load_dataset("shapes", finished / "data", train_images=200), data.load(run / "representations.pt")
+    f = models.functional(models.ConvNet(16, 32, 4))
+    x = dataset.batch(dataset.train_images)
+    losses = torch.stack([(f(data.load(run / f"experts/expert_00{i}.pt")[1], x) - z).square().mean(dim=1) for i in (0, 1)])
+    init = data.load(run / "5pct_high_loss/init.pt")
+    assert torch.allclose(init["losses"], losses.mean(dim=0), rtol=1e-4)
+    assert init["losses"].argsort(descending=True)[:10].tolist() == init["indices"].tolist()
+
+
+def test_equation_2s_distance_is_that_of_the_encoder(finished, tmp_path):
+    folder = str(shutil.copytree(finished, tmp_path / "x") / "run/5pct_high_loss")
+    argv = ["--run-dir", folder, "--data-dir", str(finished / "data"), "--sets", "mkdt", "--seeds", "4", "--labels", "10",
+            "--compile", "off", "--save-encoder", str(tmp_path / "encoders")]
+    assert evaluation.main(argv) == 0
+    encoder = models.ConvNet(16, 32, 4)
+    encoder.load_state_dict(data.load(next((tmp_path / "encoders").iterdir())))
+    dataset = data.load_dataset("shapes", finished / "data", train_images=200)
+    with torch.no_grad():
+        expected = F.mse_loss(encoder(dataset.batch(dataset.test_images)), data.load(finished / "run/representations_test.pt"))
+    record, = (r for r in data.read_json(folder + "/results.json") if r["labels_percent"] == 10)
+    assert record["mses"] == [pytest.approx(float(expected), rel=1e-4)]
+
+
+def test_nothing_finished_is_run_again(finished, tmp_path, monkeypatch):
     files = {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")}
+    cells = []
+    cell = evaluation.cell
+    monkeypatch.setattr(evaluation, "cell", lambda *args: cells.append(args[4:6]) or cell(*args))
+    folder = str(shutil.copytree(finished, tmp_path / "x") / "run/5pct_high_loss")
+    argv = ["--run-dir", folder, "--data-dir", str(finished / "data"), "--sets", "none", "mkdt", "--seeds", "0", "9"]
+    assert evaluation.main(argv) == 0 and cells == [("none", 9), ("mkdt", 9)]               # 0 is there already
+    cells.clear()
     assert mkdt.main(["--stage", "all", "--dataset", "shapes", *at(finished), *TINY]) == 0
-    assert files == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")}
+    assert files == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")} and not cells
+
+
+@pytest.mark.skipif(not subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.is_available() or '')"], text=True,
+                                       env={k: v for k, v in {**os.environ, "CUDA_VISIBLE_DEVICES": GPU}.items() if v is not None},
+                                       capture_output=True).stdout.strip(), reason="there is no GPU")
+@pytest.mark.parametrize("flags", [[], ["--compile", "on"], ["--deterministic"]])
+def test_all_stages_run_on_a_gpu(tmp_path, flags):
+    env = {k: v for k, v in {**os.environ, "CUDA_VISIBLE_DEVICES": GPU}.items() if v is not None}
+    run = subprocess.run([sys.executable, "mkdt.py", "--dataset", "shapes", "--device", "cuda", *at(tmp_path), *TINY, *flags],
+                         cwd=Path(mkdt.__file__).parent, env=env, capture_output=True, text=True)
+    assert run.returncode == 0 and "compiling failed" not in run.stdout, run.stderr
+    d = data.load(tmp_path / "run/5pct_high_loss/distilled.pt")
+    assert d["images"].isfinite().all() and d["lr"] > 0 and "| MKDT |" in run.stdout
+
+
+def test_asked_to_stop_a_loop_saves_and_ends(tmp_path):
+    state, path = torch.zeros(2), tmp_path / "x.pt"
+    with data.Checkpoint(path) as checkpoint:
+        assert not checkpoint.due()
+        signal.raise_signal(signal.SIGINT)                                                           # once: Ctrl-C
+        assert checkpoint.due()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(3, state=state + 1)
+    with pytest.raises(KeyboardInterrupt), data.Checkpoint(path) as checkpoint:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)                                                # twice: at once, and without it
+    assert data.Checkpoint(path).restore(state=state) == 3 and state.tolist() == [1, 1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler                                # as it was before
 
 
 def start(*arguments):
