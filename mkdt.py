@@ -1201,8 +1201,8 @@ def figure1_stage(run, systems):
         figure = Figure(figsize=(14, 4), layout="constrained")
         for axes, (panel, (x, y)) in zip(figure.subplots(1, 3), panels.items()):
             for name in systems:
-                values = found[name][panel]
-                axes.plot(range(panel != "variance", len(values) + (panel != "variance")), values, label=name)
+                values = found[name][panel][panel == "variance":]                  # none at epoch 0: one initialisation
+                axes.plot(range(1, len(values) + 1), values, label=name)
             axes.set(xlabel=x, ylabel=y, yscale="linear" if panel == "loss" else "log")
             axes.legend(fontsize="small")
         write_file(folder / "figure1.png", lambda file: figure.savefig(file, format="png", dpi=120))
