@@ -1237,7 +1237,7 @@ def resolve(dataset, given):
 
 
 def unused(args, given):
-    """The flags on the command line that this run has no use for, in words."""
+    """The flags on the command line that change nothing this run makes (eval.py's random:ssl apart), in words."""
     without_teacher = bool(args.representations) or given.get("objective", "kd") != "kd"
     flags = {k for k in given if SETTINGS[k][0] == "teacher" and without_teacher}
     if given.get("objective") == "ssl":                      # Adam; augmentations, which change, are not compiled
@@ -1329,7 +1329,7 @@ def main(argv=None):
             settings = systems["MKDT"] if systems else resolve(args.dataset, given)
             check_settings(settings)
             if not systems and (flags := unused(args, given)):
-                print(f"settings: without effect in this run: {flags}", flush=True)
+                print(f"settings: no effect on teacher, experts or distillation here: {flags}", flush=True)
             run = Run(args, settings, device)
             if args.stage == "bench":
                 bench_stage(run)

@@ -2162,7 +2162,7 @@ def test_other_objectives_run_end_to_end(tmp_path, system, capsys):
     assert mkdt.main(argv) == 0
     said = capsys.readouterr().out
     assert "needs none" in said and not (tmp_path / "run/teacher.pt").exists()
-    assert "without effect in this run: --bf16, --teacher-batch, --teacher-epochs, --teacher-width" in said
+    assert "no effect on teacher, experts or distillation here: --bf16, --teacher-batch, --teacher-epochs, --teacher-width" in said
     folder = tmp_path / "run/10pct_random"
     d, losses = data.load(folder / "distilled.pt"), data.load(folder / "init.pt")
     dataset = data.load_dataset(str(tmp_path / "x.npz"))
