@@ -488,10 +488,11 @@ class PickledArray:
         self.values = kind.read(raw)
 
 
-class IndexUnpickler(pickle.Unpickler):
+class IndexUnpickler(pickle._Unpickler):
     """Unpickles lists, dicts, numbers and numpy arrays (as `PickledArray`), and refuses everything else.
 
-    No function of the pickle's choice is called, nor numpy's own unpickling, which trusts what it is given.
+    No function of the pickle's choice is called, nor numpy's own unpickling, which trusts what it is given. The base
+    is the one written in Python: that in C takes as much memory as a damaged index of its memo asks for.
     """
 
     def find_class(self, module, name):

@@ -1046,6 +1046,11 @@ def test_index_files_of_other_kinds(tmp_path):
     (tmp_path / "a.txt").write_text("3, 1\n2\n")
     for file in ("numpy1.pkl", "a.npy", "a.pt", "b.pt", "a.json", "a.txt"):
         assert evaluation.read_indices(str(tmp_path / file), 4).tolist() == [3, 1, 2], file
+    (tmp_path / "memo.pkl").write_bytes(b"\x80\x02K\x01r\xff\xff\xff\x07.")       # entry 134,217,727 of the memo: 2 GB
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert evaluation.read_indices(str(tmp_path / "memo.pkl"), 4).tolist() == [1]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 100_000                                    # kB
 
 
 class Hostile:
