@@ -243,10 +243,16 @@ def require_space(folder, size, what):
 def free_memory(device):
     """Bytes of memory that are free: of the GPU, or of the machine (infinitely many where it does not tell)."""
     if device.type == "cuda":                       # what torch keeps for itself it gives out again
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) - graph_memory(device)
         return torch.cuda.mem_get_info(device)[0] + kept
     about = Path("/proc/meminfo")
     return 1024 * int(re.search(r"MemAvailable:\s+(\d+)", about.read_text()).group(1)) if about.exists() else math.inf
+
+
+def graph_memory(device):
+    """Bytes that CUDA graphs recorded on `device` hold for their replays; torch counts them as reserved, but free."""
+    return sum(segment["total_size"] - segment["allocated_size"] for segment in torch.cuda.memory_snapshot()
+               if segment["device"] == device.index and segment["segment_pool_id"] != (0, 0))
 
 
 def require_memory(device, size, what, lower):

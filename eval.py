@@ -41,7 +41,7 @@ from data import (Checkpoint, Dataset, Log, augmentations, duration, fingerprint
 from models import (ConvNet, InputError, batches, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
                     gather_from_ranks, generator, join_ranks, leave_ranks, objective, out_of_memory, pick_device,
                     projector, rank, rank_0_first, ranks, resnet10, resnet18, self_supervised_loss, stream,
-                    targets_of, wait_for_ranks)
+                    targets_of, to_device, wait_for_ranks)
 
 # The sets to pre-train on. Any of them takes a rate of its own, random@0.3, or the learned one, random@mkdt.
 SETS = {
@@ -292,7 +292,7 @@ def krr_st(make, images, targets, real_images, real_targets, prepare, iterations
     for step in range(first, iterations):
         rng = generator(seed, "krr_st", "step", step)
         k = int(torch.randint(models, (), generator=rng))
-        batch = torch.randint(len(real_images), (batch_size,), generator=rng).to(images.device)
+        batch = to_device(torch.randint(len(real_images), (batch_size,), generator=rng), images.device)
         with torch.no_grad():
             f_real = pool[k].features(prepare(real_images[batch]))
         loss = krr_loss(pool[k].features(syn[0]), syn[1], f_real, real_targets[batch])
@@ -324,8 +324,8 @@ def distribution_matching(make, images, real_images, prepare, views, iterations,
     log.start(first)
     for step in range(first, iterations):
         rng = generator(seed, "dm", "step", step)
-        chosen = torch.randperm(len(syn), generator=rng)[:batch_size].to(syn.device)
-        real = real_images[torch.randint(len(real_images), (len(chosen),), generator=rng).to(syn.device)]
+        chosen = to_device(torch.randperm(len(syn), generator=rng)[:batch_size], syn.device)
+        real = real_images[to_device(torch.randint(len(real_images), (len(chosen),), generator=rng), syn.device)]
         augment, _ = views(len(chosen), stream(seed, "dm", "views", step))
         features = build(make, seed, "dm", step).to(syn.device).requires_grad_(False).features
         batch = syn[chosen].requires_grad_()

@@ -37,12 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import eval as evaluation
 import models
-from data import (Checkpoint, Log, denormalize, duration, fingerprint, free_memory, hold, load, load_dataset, normalize,
-                  read_json, require_memory, require_space, save, save_json, two_views, write_file)
+from data import (Checkpoint, Log, denormalize, duration, fingerprint, free_memory, graph_memory, hold, load,
+                  load_dataset, normalize, read_json, require_memory, require_space, save, save_json, two_views,
+                  write_file)
 from models import (ConvNet, InputError, activation_bytes, average_over_ranks, batches, build, compile_if_it_pays,
                     first_line, flat_parameters, from_rank_0, functional, generator, join_ranks, leave_ranks,
                     objective, out_of_memory, pick_device, rank, rank_0_first, ranks, rows_of_all_ranks,
-                    seconds_a_call, self_supervised_loss, stream, targets_of, wait_for_ranks)
+                    seconds_a_call, self_supervised_loss, stream, targets_of, to_device, wait_for_ranks)
 
 # ------------------------------------------------------------------------------------------------------------
 # Settings
@@ -161,7 +162,7 @@ def train_teacher(model, dataset, ssl, epochs, batch_size, peak_lr, decay, lambd
 
     @functools.lru_cache(maxsize=1)
     def order(epoch):
-        return torch.randperm(len(images), generator=generator(seed, "teacher order", epoch)).to(images.device)
+        return to_device(torch.randperm(len(images), generator=generator(seed, "teacher order", epoch)), images.device)
 
     def views(step):
         epoch, i = divmod(step, per_epoch)
@@ -351,6 +352,11 @@ def draw_trajectory(experts, max_start_epoch, n, syn_steps, batch_size, rng):
             draw_batches(n, syn_steps, batch_size, rng))
 
 
+def lower_median(x):
+    """Median of the numbers in x [n] that are not NaN: torch.nanmedian, for which the host would wait on a GPU."""
+    return x.nanquantile(0.5, interpolation="lower")
+
+
 def clip_per_image(grad, medians, step, factor):
     """Scales each image's gradient [n, ...] to at most `factor` running medians of the per-image gradient norm.
 
@@ -359,8 +365,8 @@ def clip_per_image(grad, medians, step, factor):
     Returns (clipped gradient, number of images whose gradient was clipped).
     """
     norms = grad.flatten(1).norm(dim=1)                                                                        # [n]
-    medians[step % len(medians)] = torch.where(norms > 0, norms, torch.nan).nanmedian()    # 0: not in any mini-batch
-    limit = (factor * medians.nanmedian()).nan_to_num(torch.inf)                 # no image has had a gradient yet: none
+    medians[step % len(medians)] = lower_median(torch.where(norms > 0, norms, torch.nan))     # 0: not in any mini-batch
+    limit = (factor * lower_median(medians)).nan_to_num(torch.inf)              # no image has had a gradient yet: none
     scale = (limit / norms.clamp(min=1e-30)).clamp(max=1)
     return grad * scale.view(-1, *[1] * (grad.dim() - 1)), (scale < 1).sum()
 
@@ -415,10 +421,9 @@ def distill(gradient, adjoint, expert, experts, images, targets, iterations, tra
     for s in range(first, iterations):                                                             # line 5
         results = []
         for k, (i, t, drawn) in list(enumerate(draw(s)))[rank()::ranks()]:              # lines 6, 7 and 10 - 12
-            theta, target, *drawn = (x.to(device, non_blocking=True)                    # lines 8, 9
-                                     for x in (expert(i)[t], expert(i)[t + match_epochs], *drawn))
+            theta, target = (to_device(expert(i)[epoch], device) for epoch in (t, t + match_epochs))    # lines 8, 9
             steps = [(b, targets_of(targets, b, stream(seed, "distill views", s, k, n)))        # (b_n, Z_syn[b_n])
-                     for n, b in enumerate(drawn)]
+                     for n, b in enumerate(b.to(device, non_blocking=True) for b in drawn)]
             results.append(matching_gradient(gradient, adjoint, theta, target, images, lr, steps))  # lines 13 - 17
         loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
         new, clipped = update(state, grad_images, grad_lr, s, pixel_lr, syn_lr_lr, momentum, clip)      # line 18
@@ -941,7 +946,8 @@ def unrolled_gradient(loss, theta, target, images, lr, steps):
 
 
 def measure(f, example, backward=False, calls=3):
-    """(median seconds of `calls` calls of f, peak bytes meanwhile: of the GPU, or of this process)."""
+    """(median seconds of `calls` calls of f, peak bytes meanwhile: of the GPU, with those of all graphs that it can
+    replay, or of this process)."""
     device, status = example[0].device, Path("/proc/self/status")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -950,7 +956,7 @@ def measure(f, example, backward=False, calls=3):
             Path("/proc/self/clear_refs").write_text("5")
     seconds = statistics.median(seconds_a_call(f, example, backward) for _ in range(calls))
     if device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated(device)
+        return seconds, torch.cuda.max_memory_allocated(device) + graph_memory(device)
     peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
     return seconds, 1024 * int(peak.group(1)) if peak else math.nan
 
@@ -1017,7 +1023,7 @@ def compare_gradients(run, z, gradient, adjoint):
     plain, theta = copy.deepcopy(model), flat_parameters(model)
     plain.norms = torch.nn.ModuleList(torch.nn.GroupNorm(s["width"], s["width"]) for _ in plain.norms).to(run.device)
     versions = {"exact adjoint": functools.partial(matching_gradient, gradient, adjoint),
-                "unrolled": functools.partial(unrolled_gradient, student_loss(functional(plain)))}
+                "unrolled, eager": functools.partial(unrolled_gradient, student_loss(functional(plain)))}
     images, target = run.dataset.batch(run.dataset.train_images[:run.size]), theta + 0.01 * torch.randn_like(theta)
     rows = []
     for name, version in versions.items():
@@ -1029,8 +1035,14 @@ def compare_gradients(run, z, gradient, adjoint):
             drawn = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
             steps = [(batch.to(run.device), z[:run.size][batch]) for batch in drawn]
             example = theta, target, images, torch.tensor(s["syn_lr"], device=run.device), steps
-            version(*example)
-            seconds, peak = measure(version, example)
+            try:
+                version(*example)
+                seconds, peak = measure(version, example)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                print(f"{name}, N = {N}: left out, out of memory")
+                break
             rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N,
                          "peak GB": peak / 1e9})
             growth = max(0, peak - 1e9 * rows[-2]["peak GB"]) / (N / 2) if N > 1 else 0          # bytes a step more
@@ -1062,6 +1074,8 @@ def bench_stage(run):
     print(f"the whole run: about {duration(sum(r['ms'] * r['calls'] for r in rows) / 1000)} and the probes; on disk "
           + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in disk.items()) + "\n", flush=True)
     gradients = compare_gradients(run, z, made["distill: gradient"], made["distill: adjoint"])
+    if rank():
+        return
     save_json(run.set_dir / "bench.json", {
         "torch": torch.__version__, "device": device_name(run.device), "threads": torch.get_num_threads(),
         "settings": s, "steps": rows, "disk_bytes": disk, "matching_gradient": gradients})
@@ -1333,16 +1347,16 @@ def main(argv=None):
             run = Run(args, settings, device)
             if args.stage == "bench":
                 bench_stage(run)
-                return 0
-            stages = {"all": list(STAGES), "figure1": ["teacher"]}.get(args.stage, [args.stage])
-            with hold(run.run_dir) if not rank() else contextlib.nullcontext():
-                run.check(stages)
-                for name in stages:
-                    print(f"{name}: {describe(settings, name)}", flush=True)
-                    STAGES[name](run)
-                    wait_for_ranks()
-                if systems:
-                    figure1_stage(run, systems)
+            else:
+                stages = {"all": list(STAGES), "figure1": ["teacher"]}.get(args.stage, [args.stage])
+                with hold(run.run_dir) if not rank() else contextlib.nullcontext():
+                    run.check(stages)
+                    for name in stages:
+                        print(f"{name}: {describe(settings, name)}", flush=True)
+                        STAGES[name](run)
+                        wait_for_ranks()
+                    if systems:
+                        figure1_stage(run, systems)
             leave_ranks()
     except InputError as error:
         print(f"mkdt.py: {error}", file=sys.stderr)

@@ -235,7 +235,7 @@ def objective(f, x, y):
 def batches(n, batch_size, epochs, seed, name, device):
     """(epoch, indices) of the mini-batches of `epochs` passes over n images, the short last batch of each kept."""
     for epoch in range(epochs):
-        order = torch.randperm(n, generator=generator(seed, name, epoch)).to(device)
+        order = to_device(torch.randperm(n, generator=generator(seed, name, epoch)), device)
         for batch in order.split(batch_size):
             yield epoch, batch
 
@@ -298,24 +298,54 @@ def seconds_a_call(f, example, backward=False):
     return time.monotonic() - began
 
 
+def compiled_step(f, replay=False):
+    """f by torch.compile: whole, and once for each shape of its arguments.
+
+    replay: on a GPU the kernels of a call are recorded too and launched together from then on (CUDA graphs). Each
+    replay writes its results where the last one did, so they are copied.
+    """
+    if not replay:
+        return torch.compile(f, fullgraph=True, dynamic=False)
+    replayed = torch.compile(f, fullgraph=True, dynamic=False, mode="reduce-overhead")
+
+    def copied(*args):
+        results = replayed(*args)
+        return tuple(x.clone() for x in results) if isinstance(results, tuple) else results.clone()
+    return copied
+
+
+def agree(results, expected):
+    """Whether two results of a function, tensors or tuples of them, differ by rounding only: 1% in norm."""
+    pairs = zip(results, expected) if isinstance(expected, tuple) else [(results, expected)]
+    return all((a - b).norm() <= 0.01 * b.norm() for a, b in pairs)
+
+
 def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=12):
     """f or its compiled version, whether it is compiled, and seconds a call.
 
     example: arguments to try f on, a tensor the first, no tensor twice (the compiler would take that for a rule).
     mode: "on", "off", or "auto": compiled if `steps` calls, as they are, take more than three times the
     `compile_seconds`; about half of that time is what compiling saves. backward: the backward pass of f's result
-    belongs to the call. Where no working compiler is found, says so and returns f.
+    belongs to the call. Without, it is replayed on a GPU, and what is compiled has to agree with f on other arguments
+    than it was compiled with. Where nothing works (no C++ compiler, no Triton, ...), says so and returns f.
     """
     seconds_a_call(f, example, backward)
     seconds = from_rank_0(seconds_a_call(f, example, backward))
-    if mode == "on" or (mode == "auto" and seconds * steps > 3 * compile_seconds):
-        compiled = torch.compile(f, fullgraph=True, dynamic=False)
+    if mode == "off" or (mode == "auto" and seconds * steps <= 3 * compile_seconds):
+        return f, False, seconds
+    other = tuple(x.flip(0) if torch.is_tensor(x) else x for x in example)       # other numbers in another place
+    expected = None if backward else f(*other)
+    for replay in [True, False] if example[0].is_cuda and not backward else [False]:
         try:
-            seconds_a_call(compiled, example, backward)
-            return compiled, True, seconds_a_call(compiled, example, backward)
-        except Exception as error:                                     # no C++ compiler, no Triton, ...
+            fast = compiled_step(f, replay)
+            for _ in range(2):                                         # compiles; then records, if it is to be replayed
+                seconds_a_call(fast, example, backward)
+            if not backward and not agree(fast(*other), expected):
+                raise RuntimeError("its results are others than without")
+            return fast, True, seconds_a_call(fast, example, backward)
+        except Exception as error:
             reason = " ".join(str(error).splitlines()[:2])             # the first line often names the backend alone
-            print(f"compiling failed ({reason}): going on without", flush=True)
+            print(f"compiling{' for replay' * replay} failed ({reason}): going on without", flush=True)
     return f, False, seconds
 
 
@@ -331,7 +361,6 @@ def pick_device(name, deterministic=False):
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # cuBLAS asks for it, before it starts
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.backends.cudnn.benchmark = False
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":                                                         # torchrun: a GPU for each process
@@ -342,11 +371,19 @@ def pick_device(name, deterministic=False):
         device = torch.device(name)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-            torch.backends.cudnn.allow_tf32 = False           # torch's default would round what convolutions are given
+            torch.backends.cudnn.allow_tf32 = True                # convolutions alone; README, "Precision", has why
+            torch.backends.cudnn.benchmark = not deterministic    # shapes are few: the fastest algorithm for each
         torch.ones(1, device=device).item()
     except Exception as error:
         raise InputError(f"--device {name} cannot be used here ({first_line(error)}): try auto or cpu") from error
     return device
+
+
+def to_device(x, device):
+    """The tensor x on `device`. The host does not wait: a GPU fetches it from pinned (page-locked) memory."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
 
 
 def join_ranks(device):

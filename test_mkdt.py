@@ -4,6 +4,7 @@
 """
 import base64
 import collections
+import functools
 import hashlib
 import json
 import math
@@ -21,7 +22,9 @@ import time
 import warnings
 from pathlib import Path
 
-GPU, os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES"), ""    # bits are equal on CPUs only
+GPU = os.environ.get("CUDA_VISIBLE_DEVICES")
+if "MKDT_GPU" not in os.environ:                                                        # bits are equal on CPUs only
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
 import pytest
@@ -609,18 +612,112 @@ def test_matching_gradient_in_float32():
         assert relative(ours, oracle) < 1e-4
 
 
-def test_compiled_matching_gradient_is_exact_enough_and_compiled_once_per_batch_size():
+class TF32(torch.utils._python_dispatch.TorchDispatchMode):
+    """Below it, convolutions get what GPUs give them by torch's default: operands rounded to 10 bits of mantissa."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "convolution" in function.name():
+            operands = 3 if "backward" in function.name() else 2            # (the gradient and) the input, the weight
+            args = [((x.view(torch.int32) + (1 << 12)) & -(1 << 13)).view(torch.float32) if i < operands else x
+                    for i, x in enumerate(args)]
+        return function(*args, **(kwargs or {}))
+
+
+def test_matching_gradient_with_convolutions_in_tf32():
     loss, *rest = matching_problem(6, torch.float32)
-    *tensors, steps = rest
+    exact = mkdt.matching_gradient(mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), *rest)
+    with TF32():
+        rounded = mkdt.matching_gradient(mkdt.inner_gradient(loss), mkdt.inner_adjoint(loss), *rest)
+    for a, b in zip(rounded, exact):
+        assert 1e-7 < relative(a, b) < 1e-2
+
+
+def compiled_matching_gradient(device):
+    """Asserts that it is exact enough, each time it is called, and compiled once for each size of mini-batch. Returns a
+    function that computes it once more."""
+    loss, *tensors, steps = matching_problem(6, torch.float32)
     exact = unrolled_gradient(loss, *(x.double() for x in tensors), [(batch, y.double()) for batch, y in steps])
-    gradient, adjoint = (torch.compile(g(loss), fullgraph=True, dynamic=False)
+    gradient, adjoint = (models.compiled_step(g(loss), replay=device == "cuda")
                          for g in (mkdt.inner_gradient, mkdt.inner_adjoint))
-    result = mkdt.matching_gradient(gradient, adjoint, *rest)             # batches of 4 and of 2: two graphs each
-    for ours, oracle in zip(result, exact):
-        assert relative(ours.double(), oracle) < 1e-3
+    tensors, steps = [x.to(device) for x in tensors], [(batch.to(device), y.to(device)) for batch, y in steps]
+    results = [mkdt.matching_gradient(gradient, adjoint, *tensors, steps)]       # batches of 4 and of 2: two graphs each
     with torch._dynamo.config.patch(error_on_recompile=True):
-        again = mkdt.matching_gradient(gradient, adjoint, *rest)
-    assert all(torch.equal(a, b) for a, b in zip(result, again))
+        results += [mkdt.matching_gradient(gradient, adjoint, *tensors, steps) for _ in range(3)]
+    assert all(relative(ours.cpu().double(), oracle) < 1e-3 for result in results for ours, oracle in zip(result, exact))
+    assert device == "cuda" or all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
+    return lambda: mkdt.matching_gradient(gradient, adjoint, *tensors, steps)
+
+
+def test_compiled_matching_gradient_is_exact_enough_and_compiled_once_per_batch_size():
+    compiled_matching_gradient("cpu")
+
+
+@pytest.mark.parametrize("f", [lambda x: x.sin(), lambda x: (x.sin(), x.cos())])
+def test_results_of_a_replayed_function_are_copied(monkeypatch, f):
+    asked = []
+
+    def as_cuda_graphs_do(f, **options):                                   # results in the same memory at every call
+        memory = {}
+        asked.append(options.get("mode"))
+
+        def replayed(x):
+            results = f(x)
+            kept = memory.setdefault(0, torch.utils._pytree.tree_map(torch.empty_like, results))
+            return torch.utils._pytree.tree_map(torch.Tensor.copy_, kept, results)
+        return replayed
+    monkeypatch.setattr(torch, "compile", as_cuda_graphs_do)
+    for replay in (True, False):
+        g = models.compiled_step(f, replay)
+        first, _ = g(torch.zeros(3)), g(torch.ones(3))
+        assert models.agree(first, f(torch.zeros(3))) == replay
+    assert asked == ["reduce-overhead", None]
+
+
+@pytest.mark.parametrize("broken", [lambda f, x: (f(x)[0], 1.1 * f(x)[1]), lambda f, x: (f(x)[0], f(x)[1] * torch.nan),
+                                    functools.lru_cache(lambda f, x: f(torch.arange(3.0)))], ids=["off", "nan", "stale"])
+def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch, capsys, broken):
+    monkeypatch.setattr(torch, "compile", lambda f, **options: lambda x: broken(f, x))
+    f = lambda x: (x.sin(), x.cos())
+    assert models.compile_if_it_pays(f, (torch.arange(3.0),), 1, "on")[:2] == (f, False)
+    assert "compiling failed (its results are others than without)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("numbers", [[1.0], [3.0, 1.0, 2.0, 4.0], [math.nan, 2.0, 1.0], [math.nan] * 3, [1.0, math.inf, math.inf]])
+def test_lower_median_is_nanmedian(numbers):
+    x = torch.tensor(numbers)
+    torch.testing.assert_close(mkdt.lower_median(x), x.nanmedian(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_distill_itself_never_waits_for_a_gpu_within_an_iteration(monkeypatch):
+    """With make-believe tensors on a make-believe GPU; whatever asks for one's value raises DataDependentOutputException.
+    Medians are looked for by name, since torch's kernel for GPUs asks inside; gradient and adjoint are stand-ins."""
+    fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
+    waited, iterations = [], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result, name = function(*args, **(kwargs or {})), function.name().split(".")[0]
+            devices = {x.device.type for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if torch.is_tensor(x)}
+            moved = name in ("aten::_to_copy", "aten::copy_") and devices == {"cpu", "cuda"}
+            if (moved and not any(x is True for x in (*args, *(kwargs or {}).values()))) or "median" in name:
+                waited.append(name)
+            return result
+
+    class Quiet:
+        start, due = (lambda self, first: waited.clear()), (lambda self: iterations.append(0))
+
+    drawn = [mkdt.draw_trajectory(1, 2, 10, 3, 4, torch.Generator()) for _ in range(3)]            # real numbers
+    monkeypatch.setattr(mkdt, "draw_trajectory", lambda *_: drawn[len(iterations)])
+    pinned = []                                                                                    # which needs a real one
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
+    with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), Watch():
+        images, z = torch.randn(10, 3, 8, 8, device="cuda"), torch.randn(10, 4, device="cuda")
+        with pytest.raises(fake_tensor.DataDependentOutputException):                              # the last one's line
+            mkdt.distill(lambda theta, x, y: theta * x.mean() * y.mean(), lambda theta, x, y, v: (v, x, theta @ v),
+                         lambda i: torch.randn(5, 100), 1, images, z, iterations=3, trajectories=1, syn_steps=3,
+                         match_epochs=2, max_start_epoch=2, pixel_lr=3.0, syn_lr=0.1, syn_lr_lr=1e-3, momentum=0.5,
+                         batch_size=4, clip=1.0, seed=0, log=Quiet(), checkpoint=mkdt.Forgetful())
+    assert len(iterations) == 3 and not waited and len(pinned) == 6                        # theta*_t, theta*_{t+M}
 
 
 def test_the_unrolled_gradient_of_the_bench_is_the_oracle():
@@ -1439,9 +1536,13 @@ def test_two_ranks_make_what_one_makes(tmp_path):
         assert sorted(a["seeds"]) == sorted(b["seeds"]) == [0, 1, 2] and a["mean"] == pytest.approx(b["mean"], abs=0.5)
 
 
-def test_a_rank_that_fails_ends_the_run(tmp_path):
-    run = torchrun(*at(tmp_path), *TINY, "--pixel-lr", "1e30", "--iterations", "50")
-    assert run.returncode != 0 and "is not usable" in run.stderr
+@pytest.mark.parametrize("flags, told", [(["--pixel-lr", "1e30", "--iterations", "50"], "is not usable"),
+                                         ([], "expert_001.pt")], ids=["rank 0", "rank 1"])
+def test_a_rank_that_fails_ends_the_run(tmp_path, flags, told):
+    if not flags:                                                      # a folder where rank 1's expert is to be written
+        (tmp_path / "run/experts/expert_001.pt").mkdir(parents=True)
+    run = torchrun(*at(tmp_path), *TINY, *flags)
+    assert run.returncode != 0 and told in run.stderr
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1546,14 +1647,30 @@ def test_nothing_finished_is_run_again(finished, monkeypatch):
     assert files == {p: p.stat().st_mtime_ns for p in (finished / "run").rglob("*.pt")}
 
 
-@pytest.mark.skipif(not subprocess.run([sys.executable, "-c", "import torch; print(torch.cuda.is_available() or '')"], text=True,
-                                       env={k: v for k, v in {**os.environ, "CUDA_VISIBLE_DEVICES": GPU}.items() if v is not None},
-                                       capture_output=True).stdout.strip(), reason="there is no GPU")
+def with_gpu(*command):
+    """The finished process of `command`, python's arguments, which sees the GPUs that the tests themselves do not."""
+    env = {k: v for k, v in {**os.environ, "CUDA_VISIBLE_DEVICES": GPU, "MKDT_GPU": "1"}.items() if v is not None}
+    return subprocess.run([sys.executable, *command], cwd=Path(mkdt.__file__).parent, env=env, capture_output=True,
+                          text=True)
+
+
+needs_gpu = pytest.mark.skipif("True" not in with_gpu("-c", "import torch; print(torch.cuda.is_available())").stdout,
+                               reason="there is no GPU")
+
+
+@needs_gpu
+def test_matching_gradient_on_a_gpu_replayed_and_without_waiting():
+    run = with_gpu("-c", "import torch, test_mkdt; torch.backends.cudnn.allow_tf32 = False; "
+                         "again = test_mkdt.compiled_matching_gradient('cuda'); "
+                         "assert not torch._dynamo.utils.counters['inductor']['cudagraph_skips']; "
+                         "torch.cuda.set_sync_debug_mode('error'); again()")
+    assert run.returncode == 0, run.stderr
+
+
+@needs_gpu
 @pytest.mark.parametrize("flags", [[], ["--compile", "on"], ["--deterministic"]])
 def test_all_stages_run_on_a_gpu(tmp_path, flags):
-    env = {k: v for k, v in {**os.environ, "CUDA_VISIBLE_DEVICES": GPU}.items() if v is not None}
-    run = subprocess.run([sys.executable, "mkdt.py", "--dataset", "shapes", "--device", "cuda", *at(tmp_path), *TINY, *flags],
-                         cwd=Path(mkdt.__file__).parent, env=env, capture_output=True, text=True)
+    run = with_gpu("mkdt.py", "--dataset", "shapes", "--device", "cuda", *at(tmp_path), *TINY, *flags)
     assert run.returncode == 0 and "compiling failed" not in run.stdout, run.stderr
     d = data.load(tmp_path / "run/5pct_high_loss/distilled.pt")
     assert d["images"].isfinite().all() and d["lr"] > 0 and "| MKDT |" in run.stdout
