@@ -338,7 +338,7 @@ def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=
     for replay in [True, False] if example[0].is_cuda and not backward else [False]:
         try:
             fast = compiled_step(f, replay)
-            for _ in range(2):                                         # compiles; then records, if it is to be replayed
+            for _ in range(1 + replay):                                # compiles; then records what is to be replayed
                 seconds_a_call(fast, example, backward)
             if not backward and not agree(fast(*other), expected):
                 raise RuntimeError("its results are others than without")
