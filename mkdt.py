@@ -828,10 +828,8 @@ def init_stage(run):
         return save(run.set_dir / "init.pt", {"indices": chosen})
     model, f = student(run, d)
     example = flat_parameters(model), data.batch(data.train_images[:evaluation.CHUNK])
-    seconds = [seconds_a_call(torch.no_grad()(f), example) for _ in range(2)][-1]
-    chunks = s["experts"] * math.ceil(len(z) / evaluation.CHUNK)
-    print(f"init: the loss of {len(z)} images under {s['experts']} experts, about {duration(seconds * chunks)}, "
-          f"{len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
+    print(f"init: the loss of {len(z)} images under {s['experts']} experts, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
+    f = run.speed_up("init")(torch.no_grad()(f), example, s["experts"] * math.ceil(len(z) / evaluation.CHUNK))
     thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
     losses = loss_per_image(f, thetas, data.train_images, z, data.batch).cpu()
     if s["init"] == "high_loss":
@@ -998,8 +996,7 @@ def steps_to_time(run, z):
             network(x)
         return passes * counter.get_total_flops()
 
-    encode, loss_of = (torch.no_grad()(g) for g in (lambda x: encoder.features(data.batch(x)),
-                                                    lambda x: f(theta, data.batch(x))))
+    encode = torch.no_grad()(lambda x: encoder.features(data.batch(x)))
     views = views.contiguous(memory_format=torch.channels_last)
     velocity, z_expert, z_syn = torch.zeros_like(theta), z[:len(expert)], z[:len(x)]
     step = sgd_step(loss, s["expert_momentum"], s["expert_decay"])
@@ -1009,8 +1006,8 @@ def steps_to_time(run, z):
         ("teacher: encode", encode, (chunk,), flops(encoder, data.batch(chunk), 1), len(chunk), chunks, False, False),
         ("experts: step", step, (theta, velocity, x_expert, z_expert, s["expert_lr"]), flops(model, x_expert, 3),
          len(expert), s["experts"] * expert_steps, False, True),
-        ("init: loss", loss_of, (chunk,), flops(model, data.batch(chunk), 1), len(chunk), s["experts"] * chunks, False,
-         False),
+        ("init: loss", torch.no_grad()(f), (theta, data.batch(chunk)), flops(model, data.batch(chunk), 1), len(chunk),
+         s["experts"] * chunks, False, True),
         ("distill: gradient", inner_gradient(loss), (theta, x, z_syn), flops(model, x, 3), len(x), S_N, False, True),
         ("distill: adjoint", inner_adjoint(loss), (theta, x, z_syn, theta.clone()), flops(model, x, 9), len(x), S_N,
          False, True),
@@ -1063,7 +1060,7 @@ def bench_stage(run):
         raise InputError(f"bench: it measures MKDT itself, --objective kd, not {s['objective']}")
     given = run.representations_file and read_representations(run.representations_file, n)
     z = torch.randn(n, 8 * s["teacher_width"], device=run.device) if given is None else given.to(run.device)
-    d, rows, made = z.shape[1], [], {}
+    d, rows, made, work = z.shape[1], [], {}, 0
     for name, f, example, flops, images, calls, backward, may_compile in steps_to_time(run, z):
         if given is not None and name.startswith("teacher"):
             continue
@@ -1073,12 +1070,13 @@ def bench_stage(run):
         rows.append({"step": name, "compiled": "yes" if compiled else "no", "ms": 1000 * seconds, "images": images,
                      "images/s": images / seconds, "GFLOP/s": flops / seconds / 1e9,
                      "peak GB": peak / 1e9, "calls": calls, "in all": duration(seconds * calls)})
+        work += flops * calls
         print_row(rows[-1], rows[0])
     P = flat_parameters(student(run, d)[0]).numel()
     disk = {"representations": n * d * 4, "experts": s["experts"] * (s["expert_epochs"] + 1) * P * 4,
             "distilled sets": (4 + s["iterations"] // 1000) * run.size * run.dataset.train_images[0].numel() * 4}
-    print(f"the whole run: about {duration(sum(r['ms'] * r['calls'] for r in rows) / 1000)} and the probes; on disk "
-          + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in disk.items()) + "\n", flush=True)
+    print(f"the whole run: about {duration(sum(r['ms'] * r['calls'] for r in rows) / 1000)} for {work / 1e15:.3g} PFLOP, "
+          "and the probes; on disk " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in disk.items()) + "\n", flush=True)
     gradients = compare_gradients(run, z, made["distill: gradient"], made["distill: adjoint"])
     if rank():
         return
@@ -1319,7 +1317,7 @@ def parse(argv):
     parser.add_argument("--seed", type=int, default=0, help="fixes every random draw")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                        help="torch.compile the steps; auto: where it pays")
+                        help="torch.compile the steps, and replay them as CUDA graphs on a GPU; auto: where it pays")
     parser.add_argument("--deterministic", action="store_true",
                         help="bit-identical runs, slower: no timing decides what is compiled, and on a GPU sums are "
                              "taken in a fixed order")
