@@ -943,8 +943,8 @@ def unrolled_gradient(loss, theta, target, images, lr, steps):
     return value.detach(), *torch.autograd.grad(value, (images, lr))
 
 
-def measure(f, example, backward=False, enough=5.0):
-    """(median seconds of three calls of f, fewer where they take `enough` seconds; peak bytes meanwhile: of the GPU,
+def measure(f, example, backward=False, calls=3, enough=5.0):
+    """(median seconds of so many calls of f, fewer where they take `enough` seconds; peak bytes meanwhile: of the GPU,
     with those of all graphs that it can replay, or of this process)."""
     device, status = example[0].device, Path("/proc/self/status")
     if device.type == "cuda":
@@ -952,10 +952,10 @@ def measure(f, example, backward=False, enough=5.0):
     else:
         with contextlib.suppress(OSError):                                # Linux: sets the peak to what is in use now
             Path("/proc/self/clear_refs").write_text("5")
-    calls = []
-    while len(calls) < 3 and sum(calls) < enough:
-        calls.append(seconds_a_call(f, example, backward))
-    seconds = statistics.median(calls)
+    taken = []
+    while len(taken) < calls and sum(taken) < enough:
+        taken.append(seconds_a_call(f, example, backward))
+    seconds = statistics.median(taken)
     if device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(device) + graph_memory(device)
     peak = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
@@ -1025,31 +1025,29 @@ def compare_gradients(run, z, gradient, adjoint):
     versions = {"exact adjoint": functools.partial(matching_gradient, gradient, adjoint),
                 "unrolled, eager": functools.partial(unrolled_gradient, student_loss(functional(plain)))}
     images, target = run.dataset.batch(run.dataset.train_images[:run.size]), theta + 0.01 * torch.randn_like(theta)
-    rows = []
-    for name, version in versions.items():
-        growth = 0
-        for N in (1, 2, 4, 8):
-            if growth * N > free_memory(run.device):
-                print(f"{name}, N = {N}: left out, it needs {growth * N / 1e9:.0f} GB")
-                break
-            drawn = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
-            steps = [(batch.to(run.device), z[:run.size][batch]) for batch in drawn]
-            example = theta, target, images, torch.tensor(s["syn_lr"], device=run.device), steps
+    rows, last, growth = [], {}, dict.fromkeys(versions, 0)                               # growth: bytes a step more
+    for N in (1, 2, 4, 8):
+        drawn = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
+        steps = [(batch.to(run.device), z[:run.size][batch]) for batch in drawn]
+        example = theta, target, images, torch.tensor(s["syn_lr"], device=run.device), steps
+        found = {name: [] for name in versions if growth[name] * N <= free_memory(run.device)}
+        for name in [*found] * 4:                                      # in turn; the first call of each is to warm up
             try:
-                version(*example)
-                seconds, peak = measure(version, example)
+                found[name].append(measure(versions[name], example, calls=1))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-                print(f"{name}, N = {N}: left out, out of memory")
-                break
-            rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N,
-                         "peak GB": peak / 1e9})
-            growth = max(0, peak - 1e9 * rows[-2]["peak GB"]) / (N / 2) if N > 1 else 0          # bytes a step more
+        for name in [name for name in versions if len(found.get(name, [])) < 4]:
+            print(f"{name}: {N} steps and more are left out, their memory is not free")
+            del versions[name]
+        for name in versions:
+            seconds, peak = statistics.median(t for t, _ in found[name][1:]), max(peak for _, peak in found[name][1:])
+            growth[name], last[name] = max(0, peak - last.get(name, peak)) / (N / 2), peak
+            rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N, "peak GB": peak / 1e9})
             print_row(rows[-1], rows[0])
-            if seconds > 5:
-                print(f"{name}: more steps are left out, they take longer in proportion")
-                break
+        if sum(found[name][-1][0] for name in versions) > 10:
+            print("more steps are left out, they take longer in proportion")
+            break
     return rows
 
 
