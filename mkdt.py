@@ -821,15 +821,17 @@ def init_stage(run):
     s, data, folder, n = run.settings, run.dataset, run.run_dir, len(run.dataset.train_images)
     z, d = evaluation.student_targets(s, data, folder)
     run.claim("init", "init.pt")
-    if rank() or (run.set_dir / "init.pt").exists():
+    if from_rank_0((run.set_dir / "init.pt").exists()):
         return
     chosen = torch.randperm(n, generator=generator(run.seed, "init"))[:run.size]
     if s["objective"] != "kd":                                               # section 4.2's loss is to the teacher
-        return save(run.set_dir / "init.pt", {"indices": chosen})
+        return None if rank() else save(run.set_dir / "init.pt", {"indices": chosen})
     model, f = student(run, d)
     example = flat_parameters(model), data.batch(data.train_images[:evaluation.CHUNK])
-    print(f"init: the loss of {len(z)} images under {s['experts']} experts, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
-    f = run.speed_up("init")(torch.no_grad()(f), example, s["experts"] * math.ceil(len(z) / evaluation.CHUNK))
+    print(f"init: {len(z)} images under {s['experts']} experts, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
+    f = run.speed_up("init")(torch.no_grad()(f), example, s["experts"] * math.ceil(len(z) / evaluation.CHUNK), "loss")
+    if rank():
+        return
     thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
     losses = loss_per_image(f, thetas, data.train_images, z, data.batch).cpu()
     if s["init"] == "high_loss":
@@ -1043,7 +1045,8 @@ def compare_gradients(run, z, gradient, adjoint):
         for name in versions:
             seconds, peak = statistics.median(t for t, _ in found[name][1:]), max(peak for _, peak in found[name][1:])
             growth[name], last[name] = max(0, peak - last.get(name, peak)) / (N / 2), peak
-            rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N, "peak GB": peak / 1e9})
+            rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N,
+                         "peak GB": peak / 1e9})
             print_row(rows[-1], rows[0])
         if sum(found[name][-1][0] for name in versions) > 10:
             print("more steps are left out, they take longer in proportion")
@@ -1073,8 +1076,9 @@ def bench_stage(run):
     P = flat_parameters(student(run, d)[0]).numel()
     disk = {"representations": n * d * 4, "experts": s["experts"] * (s["expert_epochs"] + 1) * P * 4,
             "distilled sets": (4 + s["iterations"] // 1000) * run.size * run.dataset.train_images[0].numel() * 4}
-    print(f"the whole run: about {duration(sum(r['ms'] * r['calls'] for r in rows) / 1000)} for {work / 1e15:.3g} PFLOP, "
-          "and the probes; on disk " + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in disk.items()) + "\n", flush=True)
+    seconds = sum(row["ms"] * row["calls"] for row in rows) / 1000
+    print(f"the whole run: about {duration(seconds)} for {work / 1e15:.3g} PFLOP, and the probes; on disk "
+          + ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in disk.items()) + "\n", flush=True)
     gradients = compare_gradients(run, z, made["distill: gradient"], made["distill: adjoint"])
     if rank():
         return

@@ -4,7 +4,6 @@
 """
 import base64
 import collections
-import functools
 import hashlib
 import json
 import math
@@ -640,10 +639,11 @@ def compiled_matching_gradient(device):
     gradient, adjoint = (models.compiled_step(g(loss), replay=device == "cuda")
                          for g in (mkdt.inner_gradient, mkdt.inner_adjoint))
     tensors, steps = [x.to(device) for x in tensors], [(batch.to(device), y.to(device)) for batch, y in steps]
-    results = [mkdt.matching_gradient(gradient, adjoint, *tensors, steps)]       # batches of 4 and of 2: two graphs each
+    results = [mkdt.matching_gradient(gradient, adjoint, *tensors, steps)]      # batches of 4 and of 2: two graphs each
     with torch._dynamo.config.patch(error_on_recompile=True):
         results += [mkdt.matching_gradient(gradient, adjoint, *tensors, steps) for _ in range(3)]
-    assert all(relative(ours.cpu().double(), oracle) < 1e-3 for result in results for ours, oracle in zip(result, exact))
+    for result in results:
+        assert all(relative(ours.cpu().double(), oracle) < 1e-3 for ours, oracle in zip(result, exact))
     assert device == "cuda" or all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
     return lambda: mkdt.matching_gradient(gradient, adjoint, *tensors, steps)
 
@@ -674,7 +674,7 @@ def test_results_of_a_replayed_function_are_copied(monkeypatch, f):
 
 
 @pytest.mark.parametrize("broken", [lambda f, x: (f(x)[0], 1.1 * f(x)[1]), lambda f, x: (f(x)[0], f(x)[1] * torch.nan),
-                                    functools.lru_cache(lambda f, x: f(torch.arange(3.0)))], ids=["off", "nan", "stale"])
+                                    lambda f, x: f(torch.arange(3.0))], ids=["off", "nan", "stale"])
 def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch, capsys, broken):
     monkeypatch.setattr(torch, "compile", lambda f, **options: lambda x: broken(f, x))
     f = lambda x: (x.sin(), x.cos())
@@ -682,14 +682,15 @@ def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch, capsys
     assert "compiling failed (its results are others than without)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("numbers", [[1.0], [3.0, 1.0, 2.0, 4.0], [math.nan, 2.0, 1.0], [math.nan] * 3, [1.0, math.inf, math.inf]])
+@pytest.mark.parametrize("numbers", [[1.0], [3.0, 1.0, 2.0, 4.0], [math.nan, 2.0, 1.0], [math.nan] * 3,
+                                     [1.0, math.inf, math.inf]])
 def test_lower_median_is_nanmedian(numbers):
     x = torch.tensor(numbers)
     torch.testing.assert_close(mkdt.lower_median(x), x.nanmedian(), rtol=0, atol=0, equal_nan=True)
 
 
 def test_distill_itself_never_waits_for_a_gpu_within_an_iteration(monkeypatch):
-    """With make-believe tensors on a make-believe GPU; whatever asks for one's value raises DataDependentOutputException.
+    """With make-believe tensors on a make-believe GPU: what asks for one's value raises DataDependentOutputException.
     Medians are looked for by name, since torch's kernel for GPUs asks inside; gradient and adjoint are stand-ins."""
     fake_tensor = pytest.importorskip("torch._subclasses.fake_tensor")
     waited, iterations = [], []
@@ -697,8 +698,8 @@ def test_distill_itself_never_waits_for_a_gpu_within_an_iteration(monkeypatch):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             result, name = function(*args, **(kwargs or {})), function.name().split(".")[0]
-            devices = {x.device.type for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if torch.is_tensor(x)}
-            moved = name in ("aten::_to_copy", "aten::copy_") and devices == {"cpu", "cuda"}
+            tensors = filter(torch.is_tensor, torch.utils._pytree.tree_leaves((args, kwargs, result)))
+            moved = name in ("aten::_to_copy", "aten::copy_") and {x.device.type for x in tensors} == {"cpu", "cuda"}
             if (moved and not any(x is True for x in (*args, *(kwargs or {}).values()))) or "median" in name:
                 waited.append(name)
             return result
@@ -708,7 +709,7 @@ def test_distill_itself_never_waits_for_a_gpu_within_an_iteration(monkeypatch):
 
     drawn = [mkdt.draw_trajectory(1, 2, 10, 3, 4, torch.Generator()) for _ in range(3)]            # real numbers
     monkeypatch.setattr(mkdt, "draw_trajectory", lambda *_: drawn[len(iterations)])
-    pinned = []                                                                                    # which needs a real one
+    pinned = []                                                                                 # which needs a real one
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x) or x)
     with fake_tensor.FakeTensorMode(allow_non_fake_inputs=True), Watch():
         images, z = torch.randn(10, 3, 8, 8, device="cuda"), torch.randn(10, 4, device="cuda")
@@ -805,7 +806,7 @@ def test_clipping_is_per_image_and_leaves_the_ordinary_alone():
     grad[1] *= 100
     clipped, count = mkdt.clip_per_image(grad, medians, 1, 2.0)
     assert count == 1 and torch.allclose(clipped[1], 2 * torch.ones(3, 2, 2)) and torch.equal(clipped[0], grad[0])
-    grad[2] = 0                                                        # an image in no mini-batch: no part in the median
+    grad[2] = 0                                                       # an image in no mini-batch: no part in the median
     clipped, count = mkdt.clip_per_image(grad, torch.full((5,), float("nan")), 0, 2.0)
     assert count == 1 and clipped.isfinite().all() and (clipped[2] == 0).all()
     still, count = mkdt.clip_per_image(torch.zeros(4, 3, 2, 2), torch.full((5,), float("nan")), 0, 2.0)
@@ -982,7 +983,7 @@ def test_proposition_d_1(K=5, d=8, n=40, size=8, rate=0.01):
     x = F.one_hot(labels, d).double() + torch.randn(n, d, generator=rng, dtype=torch.float64)
     views = [x + torch.randn(n, d, generator=rng, dtype=torch.float64) for _ in range(2)]       # fixed: P alone varies
     theta = torch.randn(K, d, generator=rng, dtype=torch.float64)
-    def limit(theta, x, y, a, b):                # (56) with many views: their covariance exceeds that of their means by I
+    def limit(theta, x, y, a, b):              # (56) with many views: their covariance exceeds that of their means by I
         M_tilde = x.T @ x / len(x)
         M = M_tilde + torch.eye(d, dtype=theta.dtype)
         return -2 * (theta @ M_tilde @ theta.T).trace() + (M @ theta.T @ theta @ M @ theta.T @ theta).trace()
@@ -1521,7 +1522,7 @@ def test_two_ranks_make_what_one_makes(tmp_path):
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("distill:") == 4 and "| MKDT |" in two.stdout                       # rank 0 alone speaks
     z = tmp_path / "run/representations.pt"
-    torch.set_num_threads(1)                                       # as torchrun's ranks have: threads change the rounding
+    torch.set_num_threads(1)                                     # as torchrun's ranks have: threads change the rounding
     assert mkdt.main(["--dataset", "shapes", "--data-dir", str(tmp_path / "data"), "--run-dir", str(tmp_path / "one"),
                       *TINY, "--representations", str(z), "--trajectories-per-step", "2"]) == 0
     torch.set_num_threads(2)
@@ -1686,7 +1687,7 @@ def test_asked_to_stop_a_loop_saves_and_ends(tmp_path):
             checkpoint.save(3, state=state + 1)
     with pytest.raises(KeyboardInterrupt), data.Checkpoint(path) as checkpoint:
         signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGINT)                                                # twice: at once, and without it
+        signal.raise_signal(signal.SIGINT)                                              # twice: at once, and without it
     assert data.Checkpoint(path).restore(state=state) == 3 and state.tolist() == [1, 1]
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -1822,7 +1823,7 @@ def test_every_setting_changes_something(tmp_path, monkeypatch):
         argv = ["--dataset", str(tmp_path / dataset), "--data-dir", str(tmp_path), "--run-dir", str(tmp_path / name),
                 *SMALLEST, "--train-images", "0", "--percent", "10", "--clip", "1", "--syn-batch", "4", "--iterations", "6",
                 "--force", *changes]
-        with monkeypatch.context() as patch:                             # evaluation only where its settings are changed
+        with monkeypatch.context() as patch:                            # evaluation only where its settings are changed
             if not any("pretrain" in word for word in changes):
                 patch.setitem(mkdt.STAGES, "eval", lambda run: None)
             assert mkdt.main(argv) == 0, changes
@@ -1890,7 +1891,7 @@ def test_every_command_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     whole = evaluation.evaluate
     commands = readme_commands()
     assert len(commands) > 15
-    for words in sorted(commands, key=lambda words: "eval.py" in words):                  # what they evaluate comes first
+    for words in sorted(commands, key=lambda words: "eval.py" in words):                # what they evaluate comes first
         if words[:3] == ["python", "-m", "pytest"] or words[0] == "pip" or "--help" in words:
             continue
         script = next(word for word in words if word.endswith(".py"))
@@ -1984,7 +1985,7 @@ def test_random_small_configurations_work_or_are_refused_with_a_reason(tmp_path,
                                            data.load(root / "a/representations.pt")[d["indices"]]), told
         for expert in (root / "a/experts").glob("*.pt"):
             assert data.load(expert).isfinite().all(), told
-        if i % 5 == 0:                                                 # the same seed, the same tensors; another, others
+        if i % 5 == 0:                                                # the same seed, the same tensors; another, others
             run("b", 0, "all"), run("c", 1, "all")
             for file in (root / "a").rglob("*.pt"):
                 same(data.load(file), data.load(root / "b" / file.relative_to(root / "a")), (told, file.name))
@@ -2182,9 +2183,9 @@ def test_any_rivals_set_through_the_same_door(finished, tmp_path, capsys):
     lines = (folder / "results.csv").read_text().splitlines()
     assert len(lines) == 1 + sum(len(r["seeds"]) for r in json.loads((folder / "results.json").read_text()))
     before = file.stat().st_mtime_ns
-    assert evaluation.main([*argv, "--sets", "krr_st", "--krr-iterations", "3", "--seeds", "2"]) == 0     # not made again
+    assert evaluation.main([*argv, "--sets", "krr_st", "--krr-iterations", "3", "--seeds", "2"]) == 0   # not made again
     assert file.stat().st_mtime_ns == before
-    assert evaluation.main([*argv, "--sets", "mkdt"]) == 0                    # with other --krr-iterations: all are kept
+    assert evaluation.main([*argv, "--sets", "mkdt"]) == 0                   # with other --krr-iterations: all are kept
     assert "dropped" not in capsys.readouterr().out and "KRR-ST" in (folder / "results.md").read_text()
     assert evaluation.main([*argv, "--sets", "random:ssl", "--ssl-epochs", "2"]) == 0
     assert "earlier results of random:ssl are dropped" in capsys.readouterr().out
@@ -2242,7 +2243,7 @@ def test_a_table_of_the_paper_beside_its_values(finished, tmp_path, monkeypatch,
     assert "runs/cifar100/2pct_high_loss is left out" in out and "| 50% | No Pre-Training |" in out
     assert evaluation.main(["--table", "7", "--run-dir", str(run), "--tasks", "cifar10", "--sets", "none"]) == 0
     assert "| 50% | No Pre-Training |  | " in capsys.readouterr().out and len(data.read_json(run / "results.json")) > 10
-    Path("runs/cifar10/teacher.pt").unlink()                                                    # another model's teacher
+    Path("runs/cifar10/teacher.pt").unlink()                                                   # another model's teacher
     assert evaluation.main(["--run-dir", str(run), "--sets", "none", "mkdt", "--tasks", "cifar10", "--seeds", "0", "1"]) == 0
     rows = (run / "results.md").read_text().splitlines()
     beside = {rows[i - 1].split("|")[2].strip() for i, row in enumerate(rows) if row.startswith("| | *paper*")}
@@ -2331,7 +2332,7 @@ def test_figure_1_of_four_systems(tmp_path, capsys):
     before = (tmp_path / "run/figure1/figure1.json").read_text()
     capsys.readouterr()
     assert mkdt.main(argv) == 0 and before == (tmp_path / "run/figure1/figure1.json").read_text()
-    assert "figure1: MTT:" not in capsys.readouterr().out                                            # nothing is made again
+    assert "figure1: MTT:" not in capsys.readouterr().out                                        # nothing is made again
     t = torch.tensor([[[0.0, 0.0], [1.0, 3.0]], [[0.0, 0.0], [3.0, 3.0]]])                           # [R, T + 1, P]
     assert mkdt.variance_of_trajectories(t).tolist() == [0.0, 0.5]
 
