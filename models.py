@@ -315,8 +315,9 @@ def compiled_step(f, replay=False):
 
 
 def agree(results, expected):
-    """Whether two results of a function, tensors or tuples of them, can be the same but for rounding: within 20% in norm,
-    since TF32 alone, which a GPU may take for one and not for the other, moves the gradient of a gradient by several."""
+    """Whether two results of a function, tensors or tuples of them, can be the same but for rounding: within 20% in
+    norm. TF32, which a GPU may take for one and not for the other, moves the gradient of a gradient by several percent.
+    """
     pairs = zip(results, expected) if isinstance(expected, tuple) else [(results, expected)]
     return all((a - b).norm() <= 0.2 * b.norm() for a, b in pairs)
 

@@ -1672,7 +1672,7 @@ def test_matching_gradient_on_a_gpu_replayed_and_without_waiting():
 @pytest.mark.parametrize("flags", [[], ["--compile", "on"], ["--deterministic"]])
 def test_all_stages_run_on_a_gpu(tmp_path, flags):
     run = with_gpu("mkdt.py", "--dataset", "shapes", "--device", "cuda", *at(tmp_path), *TINY, *flags)
-    assert run.returncode == 0 and "compiling failed" not in run.stdout, run.stderr
+    assert run.returncode == 0 and "ing failed (" not in run.stdout, run.stdout + run.stderr
     d = data.load(tmp_path / "run/5pct_high_loss/distilled.pt")
     assert d["images"].isfinite().all() and d["lr"] > 0 and "| MKDT |" in run.stdout
 
