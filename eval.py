@@ -1,158 +1,148 @@
-"""Evaluation of MKDT (section 5, appendices A.1 and B): pre-train a fresh encoder on a small set, then judge it.
+"""Evaluation of MKDT (section 5): pre-train a fresh encoder on a small set, then judge it.
 
-    python eval.py --run-dir runs/cifar10/2pct_high_loss                     the set of that run and its baselines
-    python eval.py --run-dir runs/cifar10/2pct_high_loss --seeds 0 1 2 3 4   more seeds extend the table
-    python eval.py --run-dir ... --sets random mkdt subset:sas.pkl distilled:krr_st/ --tasks all --paired
-    python eval.py --table 1                                                 the settings of the paper's Table 1
+    python eval.py --run-dir runs/cifar10/2pct_high_loss                  its set and baselines
+    python eval.py --run-dir ... --sets random mkdt subset:sas.pkl --tasks all --paired
+    python eval.py --table 1                                              the paper's Table 1
 
-    pretrain        Eq. 9: an encoder from (images, representations) by MSE
-    encode          features of a data set under an encoder, in chunks
-    linear_probe    the classifier of Eq. 3: full-batch LBFGS
-    finetune        the protocol of appendix B
-    knn_accuracy    the monitor of the teacher
-    krr_st, dm      rivals: kernel ridge regression on self-supervised targets (Lee et al. 2023), distribution matching
-                    without labels (Zhao & Bilen 2023, as in appendix F)
-    evaluate        every cell of a table, kept in results.json, results.csv and results.md
+    pretrain        Eq. 9: an encoder from images and representations
+    linear_probe    the classifier of Eq. 3, by full-batch LBFGS
+    finetune        the protocol of Lee et al. (2023): Table 10
+    krr_st, dm      rivals (Lee et al. 2023; Zhao & Bilen 2023, without labels)
+    evaluate        the cells of a table that results.csv lacks
 
-A cell is (set, encoder, task, labels, seed). The seed fixes the encoder's initial weights, the order of its batches
-and which images are labelled, each in a stream of its own and the same for every set: differences are paired.
+A seed fixes the encoder's initial weights, the order of its batches and which images are
+labelled, each in a stream of its own and the same for every set: differences are paired.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import csv
 import functools
 import io
+import itertools
+import json
 import math
 import pickle
 import re
 import sys
-import time
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (Checkpoint, Dataset, Log, augmentations, duration, fingerprint, hold, load, load_dataset, normalize,
-                  read_json, save, save_json, shift_and_flip, to_download, two_views, write_file)
-from models import (ConvNet, InputError, batches, build, compile_if_it_pays, convnet_depth, first_line, from_rank_0,
-                    gather_from_ranks, generator, join_ranks, leave_ranks, objective, out_of_memory, pick_device,
-                    projector, rank, rank_0_first, ranks, resnet10, resnet18, self_supervised_loss, stream,
-                    targets_of, to_device, wait_for_ranks)
+from data import (Checkpoint, Log, denormalize, draw_augmentations, follow, load, load_dataset,
+                  normalize, read_json, save, save_text, shift_and_flip, two_views)
+from models import (OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build, compiled,
+                    encoder, first_line, rank_0_first, resnet18, start, stream, train)
 
-# The sets to pre-train on. Any of them takes a rate of its own, random@0.3, or the learned one, random@mkdt.
+# What to pre-train on. Each may end in a rate: random@0.3, or random@mkdt, the learned one.
 SETS = {
     "none": "no pre-training",
     "random": "as many real images as the distilled set has, redrawn for every seed",
-    "random:ssl": "those by the teacher's self-supervised loss, without a teacher (appendix B)",
-    "subset:FILE": "the training images whose indices stand in FILE (.pkl, .pt, .npy, .json, .txt): SAS and others",
-    "high_loss": "as many, those of the largest losses (section 4.2)",
+    "random:ssl": "those by the teacher's self-supervised loss, 1000 epochs; random:ssl:80: 80",
+    "subset:FILE": "training images by index, as SAS's: .pkl, .pt, .npy, .json, .txt",
+    "high_loss": "as many, those of the highest loss (section 4.2)",
     "initial": "the images that distillation began with",
-    "krr_st": "a set distilled here by KRR-ST (Lee et al. 2023)",
-    "dm": "a set distilled here by DM without labels (Zhao & Bilen 2023, appendix F)",
-    "distilled:PATH": "a distilled set: a file or folder of this project, of the authors' code, or of KRR-ST's",
+    "krr_st": "distilled here by KRR-ST, 160000 iterations; krr_st:1000: 1000",
+    "dm": "distilled here by DM without labels, 20000 iterations; dm:500: 500",
+    "distilled:PATH": "a distilled set of this project, the authors' code or KRR-ST's: a network's "
+                      "input, used as it is",
+    "raw:PATH": "such a set in pixels from 0 to 1, which are normalised first",
     "mkdt": "the run's distilled set",
     "full": "all training images",
 }
-DEFAULT_SETS = ("none", "random", "random@mkdt", "high_loss", "high_loss@mkdt", "mkdt", "full")
-ENCODERS = {"convnet": ConvNet, "resnet10": lambda d, image_size, width: resnet10(d, width),
-            "resnet18": lambda d, image_size, width: resnet18(d, width)}
-SSL = "random", "ssl"
-TASKS = ("cifar10", "tinyimagenet", "cifar100", "aircraft", "cub2011", "dogs", "flowers")        # Table 1's columns
-METHODS = {"none": "No Pre-Training", "random": "Random Subset", "random:ssl": "Random Subset (SSL)",
-           "sas": "SAS Subset", "high_loss": "High Loss Subset", "initial": "Initial Images", "krr_st": "KRR-ST",
-           "dm": "DM (no labels)", "mkdt_random": "MKDT (Rnd Sub)", "mkdt": "MKDT", "mtt_ssl": "MTT-SSL", "mtt": "MTT",
-           "full": "Full Data"}                                                                 # the tables' words
+DEFAULT_SETS = ["none", "random", "random@mkdt", "high_loss", "high_loss@mkdt", "initial",
+                "initial@mkdt", "mkdt", "full"]
+METHODS = {"none": "No Pre-Training", "random": "Random Subset", "ssl": "Random Subset (SSL)",
+           "sas": "SAS Subset", "subset": "Subset", "high_loss": "High Loss Subset",
+           "initial": "Initial Images", "krr_st": "KRR-ST", "dm": "DM (no labels)",
+           "distilled": "Distilled", "raw": "Distilled (raw)", "mkdt_random": "MKDT (Rnd Sub)",
+           "mkdt": "MKDT", "mtt_ssl": "MTT-SSL", "mtt": "MTT", "full": "Full Data"}
+TASKS = ["cifar10", "tinyimagenet", "cifar100", "aircraft", "cub2011", "dogs", "flowers"]
+CHUNK = 250                                          # images that are encoded at once
 
 
-class Diverged(InputError):
-    """Training that ended in numbers that are not finite."""
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # Pre-training (Eq. 9) and features
-# ------------------------------------------------------------------------------------------------------------
-CHUNK = 250                                                  # images that are encoded at once
+# ------------------------------------------------------------------------------------------------
+class Examples(NamedTuple):
+    """What a student learns from: n images, images(batch) normalised, and targets(batch, draw),
+    the y of OBJECTIVES; `draw` names the stream of what is random in it."""
+    n: int
+    images: Callable
+    targets: Callable
 
 
-def pretrain(encoder, images, targets, lr, epochs, seed, batch_size=256, momentum=0.9, weight_decay=1e-4,
-             prepare=lambda x: x, loss=None):
-    """Trains `encoder` in place to map `images` to `targets` by MSE (Eq. 9) and returns it in eval mode.
+def pretrain(encoder, loss, examples, lr, s, seed):
+    """Trains `encoder` by loss(x, y) on `examples` (Eq. 9); yields as `train`.
 
-    images [n, 3, H, W] (`prepare` normalises a batch if they are stored as uint8); targets: representations [n, d], or
-    what else `targets_of` knows, to which the loss is then `models.objective`.
-    SGD with constant rate `lr`; min(batch_size, n) images a step, the short last batch kept; `seed` fixes the order.
-    loss(x, y): a faster objective(encoder, x, y), if it is at hand.
-    Raises Diverged if the weights end up non-finite.
+    SGD with momentum 0.9, constant rate, the short last batch kept; `seed` fixes the order.
     """
-    loss = loss or functools.partial(objective, encoder)
-    optimizer = torch.optim.SGD(encoder.parameters(), lr, momentum, weight_decay=weight_decay)
-    encoder.train()
-    for step, (_, batch) in enumerate(batches(len(images), batch_size, epochs, seed, "pretrain order", images.device)):
-        optimizer.zero_grad()
-        loss(prepare(images[batch]), targets_of(targets, batch, stream(seed, "pretrain views", step))).backward()
-        optimizer.step()
-    return finished(encoder, f"pre-training on {len(images)} images at rate {lr:.3g}")
+    optimizer = torch.optim.SGD(encoder.parameters(), lr, 0.9, weight_decay=s.pretrain_decay)
+
+    def of(batch, step):
+        draw = seed, "pretrain views", step
+        return loss(examples.images(batch), examples.targets(batch, draw))
+    return train(of, optimizer, batches(examples.n, s.pretrain_batch, s.pretrain_epochs, seed,
+                                        "pretrain order"))
 
 
-def pretrain_ssl(encoder, images, dataset, ssl, lr, epochs, seed, batch_size, lambd, temperature, crop_scale, gray):
-    """Trains `encoder` in place by self-supervision on uint8 `images` alone (appendix B) and returns it in eval mode.
+def pretrain_ssl(encoder, images, data, epochs, s, seed):
+    """Trains `encoder` by the teacher's self-supervised loss on uint8 `images` alone: appendix
+    B's "Random (SSL Pre-training)". Adam at 1e-3, weight decay 1e-6. Yields as `train`."""
+    loss_of, projector, _ = SSL[s.ssl]
+    head = build(lambda: projector(encoder.head.out_features), seed, "evaluation projector")
+    network = torch.nn.Sequential(encoder, head.to(images.device))
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-6)
 
-    The teacher's loss, augmentation and projector (on the encoder's output), Adam with weight decay 1e-6.
-    """
-    head = build(lambda: projector(ssl, encoder.head.out_features), seed, "evaluation projector").to(images.device)
-    optimizer = torch.optim.Adam([*encoder.parameters(), *head.parameters()], lr, weight_decay=1e-6)
-    encoder.train()
-    for step, (_, batch) in enumerate(batches(len(images), batch_size, epochs, seed, "pretrain order", images.device)):
-        if len(batch) == 1:                                                # batch norm and Eq. 1 need two at least
-            continue
-        views = two_views(images[batch], stream(seed, "pretrain views", step), (crop_scale, 1.0), gray=gray)
-        z = head(encoder(torch.cat([normalize(v, dataset.mean, dataset.std) for v in views])))
-        optimizer.zero_grad()
-        self_supervised_loss(*z.chunk(2), ssl, lambd, temperature).backward()
-        optimizer.step()
-    return finished(encoder, f"self-supervised pre-training on {len(images)} images at rate {lr:.3g}")
-
-
-def finished(encoder, what):
-    """The encoder in eval mode; Diverged, an InputError, if its weights are not finite."""
-    if not all(p.isfinite().all() for p in encoder.parameters()):
-        raise Diverged(f"{what} diverged: for pre-training, give the set a lower rate (SET@RATE)")
-    return encoder.eval()
+    def loss(batch, step):
+        draw = stream(seed, "pretrain views", step).initial_seed()
+        views = two_views(images[batch], draw, (s.crop_scale, 1.0), s.gray)
+        z = network(torch.cat([data.normalize(view) for view in views]))
+        return loss_of(*z.chunk(2), s)
+    order = batches(len(images), s.pretrain_batch, epochs, seed, "pretrain order")
+    return train(loss, optimizer, (o for o in order if len(o[1]) > 1))      # batch norm needs two
 
 
 @torch.no_grad()
 def encode(f, images, prepare, chunk=CHUNK):
-    """f(prepare(images)) in chunks of `chunk` images, or smaller ones if a GPU's memory does not suffice:
-    uint8 [n, 3, H, W] -> float32 [n, d]."""
-    try:
-        return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
-    except RuntimeError as error:
-        if chunk == 1 or not out_of_memory(error):
-            raise
-    return encode(f, images, prepare, chunk // 2)
+    """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
+    return torch.cat([f(prepare(part)).float() for part in images.split(chunk)]
+                     or [torch.empty(0, 1)])
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Judging an encoder: linear probe (Eq. 3), fine-tuning (appendix B), nearest neighbours
-# ------------------------------------------------------------------------------------------------------------
+def loss_per_image(f, thetas, data, z, objective):
+    """Section 4.2: the loss of each training image to its row of z, a mean over `thetas` [n]."""
+    losses = []
+    for theta in thetas:
+        out = encode(functools.partial(f, theta), data.train_images, data.normalize)
+        losses.append(objective(lambda x: x, out, z).view(len(z), -1).mean(dim=1))
+    return torch.stack(losses).mean(dim=0)
+
+
+def highest(losses, count):
+    """Indices of the `count` largest of losses [n], the largest first, ties to the lower index."""
+    return losses.cpu().sort(descending=True, stable=True).indices[:count]
+
+
+# ------------------------------------------------------------------------------------------------
+# Judging an encoder: linear probe (Eq. 3), fine-tuning (Table 10), nearest neighbours
+# ------------------------------------------------------------------------------------------------
 def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
-    """A linear classifier by full-batch LBFGS: minimises cross-entropy + weight * sum(W^2), the bias left free.
+    """A linear classifier by full-batch LBFGS: cross-entropy + weight * sum(W^2), the bias free.
 
-    features [n, d], labels int64 [n] in 0..classes-1. Starts from zero; the objective is strictly convex in W, so
-    the start only matters to how far at most `iterations` steps get. The line search keeps it from diverging.
-    Returns W [classes, d], b [classes]. Raises Diverged on features that are not finite.
+    features [n, d], labels int64 [n]. From zero; a line search keeps it from diverging.
+    Returns W [classes, d], b [classes]. Raises ValueError on features that are not finite.
     """
     if not features.isfinite().all():
-        raise Diverged("the encoder's features are not finite: give the set a lower rate (SET@RATE)")
-    W = torch.zeros(classes, features.shape[1], device=features.device, dtype=features.dtype, requires_grad=True)
-    b = torch.zeros(classes, device=features.device, dtype=features.dtype, requires_grad=True)
-    # max_eval counts function evaluations, of which a line search may take several an iteration.
-    optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, max_eval=25 * iterations, history_size=20,
-                                  tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe")
+        raise ValueError("the features are not finite")
+    W, b = features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
+    optimizer = torch.optim.LBFGS([W.requires_grad_(), b.requires_grad_()], max_iter=iterations,
+                                  max_eval=25 * iterations, history_size=20, tolerance_grad=1e-7,
+                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
@@ -164,1031 +154,652 @@ def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
     return W.detach(), b.detach()
 
 
-def finetune(encoder, images, labels, classes, prepare, seed, epochs=50, batch_size=256, head_lr=0.05,
-             backbone_lr=0.005):
-    """A copy of `encoder` with a linear layer on its features, trained as a whole on labelled images (appendix B).
+def finetune(encoder, task, chosen, s, seed):
+    """A copy of `encoder` with a linear layer, trained as a whole on the images `chosen` of a
+    labelled Dataset, as Lee et al. (2023) do; it maps images to logits.
 
-    images uint8 [n, 3, H, W], labels int64 [n]. SGD with momentum 0.9, cosine to zero, no weight decay; images are
-    shifted by up to four pixels and mirrored. Returns the network in eval mode; it maps images to logits.
+    SGD at s.finetune_lr with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of
+    256; images are shifted by up to four pixels and mirrored, then normalised.
     """
-    encoder = copy.deepcopy(encoder)
-    with torch.no_grad():
-        d = encoder.features(prepare(images[:1])).shape[1]
-    head = build(lambda: torch.nn.Linear(d, classes), seed, "fine-tuning head").to(images.device)
-    encoder.head = torch.nn.Identity()                                     # the network is `features`, then `head`
-    network = torch.nn.Sequential(encoder, head).train()
-    steps = epochs * math.ceil(len(images) / batch_size)
-    optimizer = torch.optim.SGD([{"params": encoder.parameters(), "lr": backbone_lr}, {"params": head.parameters()}],
-                                head_lr, momentum=0.9)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    order = batches(len(images), batch_size, epochs, seed, "fine-tuning order", images.device)
-    for step, (_, batch) in enumerate(order):
-        x = shift_and_flip(prepare(images[batch]), stream(seed, "fine-tuning views", step))
-        optimizer.zero_grad()
-        F.cross_entropy(network(x), labels[batch]).backward()
-        optimizer.step()
-        schedule.step()
-    return finished(network, f"fine-tuning on {len(images)} images")
+    encoder, images = copy.deepcopy(encoder), task.train_images[chosen]
+    d = encode(encoder.features, images[:1], task.normalize).shape[1]
+    head = build(lambda: torch.nn.Linear(d, task.classes), seed, "fine-tuning head")
+    encoder.head = torch.nn.Identity()
+    network = torch.nn.Sequential(encoder, head.to(images.device)).train()
+    optimizer = torch.optim.SGD(network.parameters(), s.finetune_lr, 0.9, weight_decay=5e-4)
+    steps = s.finetune_iterations or (
+        10_000 if task.name in ("cifar10", "cifar100", "tinyimagenet") else 5_000)
+
+    def loss(batch, step):
+        draw = stream(seed, "fine-tuning views", step).initial_seed()
+        x = task.normalize(shift_and_flip(images[batch].float() / 255, draw))
+        return F.cross_entropy(network(x), task.train_labels[chosen][batch])
+
+    def cosine(step):
+        return s.finetune_lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+    order = batches(len(images), 256, steps, seed, "fine-tuning order")
+    collections.deque(train(loss, optimizer, itertools.islice(order, steps), cosine), maxlen=0)
+    return network.eval()
 
 
 def accuracy(logits, labels):
-    """Percent of `labels` [n] that the largest of `logits` [n, classes] predicts: 100 - Err of Eq. 3."""
+    """Percent of `labels` that the largest of `logits` [n, classes] predicts: 100 - Err, Eq. 3."""
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
 
-def labelled_subset(n, percent, seed, labels=None):
-    """Indices of the labelled images: floor(n * percent / 100) of n, drawn uniformly (not by class), sorted.
-
-    labels [n]: draw that share of every class instead (--stratified). Raises InputError if no image is left, of a
-    class that is.
-    """
-    rng = generator(seed, "labels", float(percent))
-    groups = [torch.arange(n)] if labels is None else [(labels == c).nonzero()[:, 0].cpu() for c in labels.unique()]
-    chosen = []
-    for group in groups:
-        count = math.floor(len(group) * percent / 100 + 1e-9) if math.isfinite(percent) else 0
-        if not 1 <= count <= len(group):
-            what = "training images" if labels is None else f"training images of class {int(labels[group[0]])}"
-            raise InputError(f"{percent:g}% of {len(group)} {what} is {count} images: --labels of eval.py must leave "
-                             f"from 1 to {len(group)}")
-        chosen.append(group[torch.randperm(len(group), generator=rng)[:count]])
-    return torch.cat(chosen).sort().values
+def labelled_subset(n, percent, seed):
+    """Indices of the labelled images: that share of n, drawn uniformly, sorted. InputError where
+    there are none."""
+    count = math.floor(n * percent / 100 + 1e-9)
+    if not 1 <= count <= n:
+        raise InputError(f"--labels {percent:g}% of {n} training images is {count} images")
+    order = torch.randperm(n, generator=stream(seed, "labels", float(percent)))
+    return order[:count].sort().values
 
 
-def knn_accuracy(train_features, train_labels, test_features, test_labels, k=200, temperature=0.5):
-    """Percent correct of the weighted k-nearest-neighbour vote with weights exp(cosine / temperature)."""
-    bank, classes = F.normalize(train_features), int(train_labels.max()) + 1
-    correct = 0
-    for x, y in zip(F.normalize(test_features).split(1000), test_labels.split(1000)):
-        similarity, nearest = (x @ bank.T).topk(min(k, len(bank)))                             # [B, k]
-        votes = torch.zeros(len(x), classes, device=x.device)
-        votes.scatter_add_(1, train_labels[nearest], (similarity / temperature).exp())
-        correct += (votes.argmax(1) == y).sum()
-    return 100 * correct.item() / len(test_labels)
+def knn_accuracy(z, labels, z_test, test_labels, k=200, temperature=0.5):
+    """Percent correct of the k nearest neighbours' vote, weighted by exp(cosine / temperature)."""
+    bank, correct = F.normalize(z), 0
+    for x, y in zip(F.normalize(z_test).split(1000), test_labels.split(1000)):
+        similarity, nearest = (x @ bank.T).topk(min(k, len(bank)))                 # [B, k]
+        votes = torch.zeros(len(x), int(labels.max()) + 1, device=x.device)
+        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        correct += (votes.argmax(1) == y).sum().item()
+    return 100 * correct / len(test_labels)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Rivals: KRR-ST (section 2.1), DM without labels (appendix F)
-# ------------------------------------------------------------------------------------------------------------
-def report(rival, step, iterations, loss, log, checkpoint, state):
-    """Checks the loss of a rival's iteration, logs it and saves the state, where that is due."""
-    last = step + 1 == iterations
-    if log.due() or checkpoint.due() or last:
-        if not math.isfinite(loss.item()):
-            raise Diverged(f"{rival}: the loss at iteration {step} is {loss.item()}: give fewer iterations")
-        if log.due() or last:
-            log(rival, step + 1, iterations, loss=loss.item())
-        if checkpoint.due():
-            checkpoint.save(step + 1, **state)
-
-
+# ------------------------------------------------------------------------------------------------
+# Rivals: KRR-ST, and DM without labels (appendix F)
+# ------------------------------------------------------------------------------------------------
 def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
     """MSE of kernel ridge regression from the synthetic set to real images (Lee et al. 2023).
 
-    Features f_syn [n, p], f_real [B, p], targets y_syn [n, d], y_real [B, d]. The kernel is linear in the features and
-    a constant; the ridge is relative to the kernel's trace.
+    Features f_syn [n, p], f_real [B, p], targets y_syn [n, d], y_real [B, d]. The kernel is
+    linear in the features and a constant; the ridge is relative to the kernel's trace.
     """
     f_syn, f_real = (torch.cat([f, torch.ones_like(f[:, :1])], dim=1) for f in (f_syn, f_real))
-    kernel = f_syn @ f_syn.T                                                                       # [n, n]
-    kernel = kernel + ridge * kernel.trace().detach() * torch.eye(len(kernel), device=kernel.device)
-    return F.mse_loss(f_real @ f_syn.T @ torch.linalg.solve(kernel, y_syn), y_real)
+    kernel = f_syn @ f_syn.T                                                       # [n, n]
+    penalty = ridge * kernel.trace().detach() * torch.eye(len(kernel), device=kernel.device)
+    return F.mse_loss(f_real @ f_syn.T @ torch.linalg.solve(kernel + penalty, y_syn), y_real)
 
 
-def krr_st(make, images, targets, real_images, real_targets, prepare, iterations, seed, log, checkpoint,
-           models=10, online_steps=1000, lr=1e-3, batch_size=1024):
-    """Distils by KRR-ST (Lee et al. 2023) with their settings; returns images [n, 3, H, W] and targets [n, d].
+def krr_state(make, images, targets, iterations, seed, models=10):
+    """What `krr_st` changes: the set, a pool of encoders by make() and their ages, from 1 to
+    1,000 steps, and the optimisers of both."""
+    images, targets = (x.clone().requires_grad_() for x in (images, targets))
+    pool = torch.nn.ModuleList(build(make, seed, "krr_st", k, 0) for k in range(models))
+    online, rng = min(1000, iterations), stream(seed, "krr_st", "ages")
+    return argparse.Namespace(
+        images=images, targets=targets, outer=torch.optim.Adam([images, targets]),
+        pool=pool.to(images.device), age=torch.randint(1, online + 1, (models,), generator=rng),
+        inner=torch.optim.SGD(pool.parameters(), 0.1, momentum=0.9, weight_decay=1e-3))
 
-    make(): a fresh encoder. images, targets: the initial set, normalised real images and their representations; both
-    are learned, by Adam whose rate falls linearly to a thousandth, to lower `krr_loss` of batches of `real_images`
-    (uint8) under the features of one of `models` encoders. That one then takes a step on the set by MSE, and begins
-    anew after `online_steps`; at the start they have taken from 1 to `online_steps`.
+
+def krr_st(state, make, real, iterations, lr, seed, first=0):
+    """KRR-ST (Lee et al. 2023): moves images and targets of `state` to lower `krr_loss` of real
+    images under one of its encoders, which then takes a step on the set itself by MSE, and
+    begins anew at the age of 1,000. Adam, its rate falling linearly from `lr`.
+
+    real(draw, rng) -> augmented real images, their targets. Yields as `train`.
     """
-    def fresh(k, birth):
-        return build(make, seed, "krr_st", k, birth).to(images.device)
+    images, targets, pool, online = state.images, state.targets, state.pool, min(1000, iterations)
 
-    def train(k):
-        inner.zero_grad()
-        F.mse_loss(pool[k](syn[0].detach()), syn[1].detach()).backward()
-        inner.step()
+    def learn(k):
+        state.inner.zero_grad()
+        F.mse_loss(pool[k](images.detach()), targets.detach()).backward()
+        state.inner.step()
 
-    syn = [images.clone().requires_grad_(), targets.clone().requires_grad_()]
-    outer = torch.optim.Adam(syn, lr)
-    schedule = torch.optim.lr_scheduler.LinearLR(outer, 1.0, 1e-3, iterations)
-    pool = torch.nn.ModuleList(fresh(k, 0) for k in range(models))
-    inner = torch.optim.SGD(pool.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
-    age = torch.randint(1, online_steps + 1, (models,), generator=generator(seed, "krr_st", "ages"))
-    state = {"images": syn[0].data, "targets": syn[1].data, "age": age, "pool": pool, "inner": inner, "outer": outer,
-             "schedule": schedule}
-    first = checkpoint.restore(**state)
-    if first == 0:
-        log.start()
-        for done, k in enumerate(torch.arange(models).repeat_interleave(age).tolist()):
-            train(k)
-            if checkpoint.asked:                                    # to stop: nothing is worth keeping so far
-                raise KeyboardInterrupt
-            if log.due():
-                log("krr_st", done + 1, int(age.sum()), unit="first step")
-    log.start(first)
+    for k in torch.arange(len(pool)).repeat_interleave(state.age) if first == 0 else ():
+        learn(k)
     for step in range(first, iterations):
-        rng = generator(seed, "krr_st", "step", step)
-        k = int(torch.randint(models, (), generator=rng))
-        batch = to_device(torch.randint(len(real_images), (batch_size,), generator=rng), images.device)
+        rng = stream(seed, "krr_st", "step", step)
+        k = int(torch.randint(len(pool), (), generator=rng))
+        x, y = real((seed, "krr_st", "views", step), rng)
         with torch.no_grad():
-            f_real = pool[k].features(prepare(real_images[batch]))
-        loss = krr_loss(pool[k].features(syn[0]), syn[1], f_real, real_targets[batch])
-        for x, g in zip(syn, torch.autograd.grad(loss, syn)):
-            x.grad = g
-        outer.step()
-        schedule.step()
-        if age[k] >= online_steps:
-            pool[k].load_state_dict(fresh(k, step + 1).state_dict())
-            for p in pool[k].parameters():
-                inner.state.pop(p, None)
-            age[k] = 0
+            f_real = pool[k].features(x)
+        loss = krr_loss(pool[k].features(images), targets, f_real, y)
+        images.grad, targets.grad = torch.autograd.grad(loss, (images, targets))
+        state.outer.param_groups[0]["lr"] = lr * max(1e-3, 1 - step / iterations)
+        state.outer.step()
+        if state.age[k] < online:
+            learn(k)
+            state.age[k] += 1
         else:
-            train(k)
-            age[k] += 1
-        report("krr_st", step, iterations, loss, log, checkpoint, state)
-    return syn[0].detach(), syn[1].detach()
+            pool[k].load_state_dict(build(make, seed, "krr_st", k, step + 1).state_dict())
+            for p in pool[k].parameters():
+                state.inner.state.pop(p, None)
+            state.age[k] = 0
+        yield step + 1, {"loss": loss.detach()}
 
 
-def distribution_matching(make, images, real_images, prepare, views, iterations, seed, log, checkpoint, lr=1.0,
-                          momentum=0.5, batch_size=256):
-    """Distils by DM (Zhao & Bilen 2023) without labels, as in appendix F; returns images [n, 3, H, W].
+def dm(syn, make, data, views, groups, iterations, seed, first=0):
+    """DM (Zhao & Bilen 2023) without labels (appendix F): moves `syn.images` [n, 3, H, W].
 
-    make(): a fresh encoder, a new one in every iteration. The mean features of a batch of `images` (normalised) are
-    drawn to those of as many random `real_images` (uint8) under the same augmentations, of data.augmentations `views`.
+    Every iteration takes a fresh encoder of make(), and draws the mean features of each of as
+    many `groups` of images as there would be classes to those of 256 real images under the same
+    augmentation, views(n, draw); the losses are summed. SGD at rate 1, momentum 0.5.
     """
-    syn, velocity = images.clone(), torch.zeros_like(images)
-    first = checkpoint.restore(images=syn, velocity=velocity)
-    log.start(first)
+    parts = [part for part in torch.arange(len(syn.images)).chunk(groups)]
     for step in range(first, iterations):
-        rng = generator(seed, "dm", "step", step)
-        chosen = to_device(torch.randperm(len(syn), generator=rng)[:batch_size], syn.device)
-        real = real_images[to_device(torch.randint(len(real_images), (len(chosen),), generator=rng), syn.device)]
-        augment, _ = views(len(chosen), stream(seed, "dm", "views", step))
-        features = build(make, seed, "dm", step).to(syn.device).requires_grad_(False).features
-        batch = syn[chosen].requires_grad_()
-        ours, theirs = (features(augment(x)).mean(dim=0) for x in (batch, prepare(real)))
-        loss = (ours - theirs).square().sum()
-        velocity.mul_(momentum).index_add_(0, chosen, torch.autograd.grad(loss, batch)[0])
-        syn -= lr * velocity
-        report("dm", step, iterations, loss, log, checkpoint, {"images": syn, "velocity": velocity})
-    return syn
+        rng = stream(seed, "dm", "step", step)
+        features = build(make, seed, "dm", step).to(syn.images.device).requires_grad_(False).features
+        images, total = syn.images.detach().requires_grad_(), 0.0
+        for g, part in enumerate(parts):
+            batch = torch.randint(len(data.train_images), (256,), generator=rng)
+            augment, _ = views(256, (seed, "dm", "views", step, g))
+            ours, _ = views(len(part), (seed, "dm", "views", step, g))
+            theirs = features(augment(data.normalize(data.train_images[batch]))).mean(dim=0)
+            loss = (features(ours(images[part])).mean(dim=0) - theirs).square().sum()
+            loss.backward()
+            total += loss.detach()
+        syn.velocity.mul_(0.5).add_(images.grad)
+        syn.images.sub_(syn.velocity)
+        yield step + 1, {"loss": total}
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # The sets to pre-train on
-# ------------------------------------------------------------------------------------------------------------
-class Chosen(NamedTuple):
-    """A set to pre-train on: images (uint8, or normalised float32) [n, 3, H, W], targets as in `targets_of` or None
-    (`pretrain_ssl`), and the rate."""
-    images: torch.Tensor
-    targets: object
-    lr: float
+# ------------------------------------------------------------------------------------------------
+def read_targets(s, data, run_dir):
+    """(Z_T [n, d], labels [n] or None, by --objective; the dimension of a student's output)."""
+    kind = OBJECTIVES[s.objective][1]
+    if kind == "representations":
+        z = load(Path(run_dir, "representations.pt")).to(s.device)
+        return z, z.shape[1]
+    if kind == "labels" and int(data.train_labels.min()) < 0:
+        raise InputError(f"--objective {s.objective}: {data.name} has images without a label")
+    return (data.train_labels, data.classes) if kind == "labels" else (None, 128)
 
 
-@dataclass
-class Source:
-    """What encoders are pre-trained on: a run's data, its distilled set, and what its baselines are made from."""
-    run_dir: Path
-    settings: dict
-    dataset: Dataset
-    targets: object                                # Z_T [n, d] of the training images, or labels or augmentations
-    d: int                                         # dimension of the encoders' output
-    test_representations: torch.Tensor | None      # of the test images, for Eq. 2; None if they are not known
-    losses: torch.Tensor | None                    # [n], section 4.2; None if the objective is not Eq. 5
-    distilled: dict                                # distilled.pt
-    made_from: str                                 # fingerprint of the targets
-    own: dict = field(default_factory=dict)        # sets distilled here: {"krr_st" or "dm": (images, targets)}
+def targets_of(s, data, rows):
+    """targets(batch, draw): y of OBJECTIVES for images `batch`, of which `rows` are all Z or
+    labels; without rows, two augmentations of normalised images, drawn from stream(*draw)."""
+    if rows is not None:
+        return lambda batch, draw: rows[batch]
+    augmentations = views_of(s, data)
+    return lambda batch, draw: augmentations(len(batch), draw)
 
-    @property
-    def size(self):
-        """Number of distilled images; random and high-loss subsets have as many."""
-        return len(self.distilled["images"])
 
-    def encoder(self, name="convnet", d=None, image_size=None):
-        """A freshly built encoder: convnet (as the experts), resnet10 or resnet18 (width 64), or NAME:WIDTH."""
-        kind, _, width = name.partition(":")
-        d, image_size = d or self.d, image_size or self.dataset.image_size
-        if kind not in ENCODERS or not (width or "1").isdecimal() or width == "0":
-            raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a width of its own as "
-                             "in resnet18:16")
-        return ENCODERS[kind](d, image_size, int(width or (self.settings["width"] if kind == "convnet" else 64)))
+def views_of(s, data):
+    """views(n, draw): two augmentations, as functions of n normalised images of `data`."""
+    def views(n, draw):
+        pair = draw_augmentations(n, data.image_size, stream(*draw).initial_seed(),
+                                  data.train_images.device, (s.crop_scale, 1.0), s.gray)
+        return tuple(lambda x, view=view: normalize(
+            view(denormalize(x, data.mean, data.std)), data.mean, data.std) for view in pair)
+    return views
 
 
 def parse_set(name):
-    """(kind, argument, rate) of a set's name: ("subset", "sas.pkl", "0.3") for subset:sas.pkl@0.3.
-
-    Raises InputError if there is no such set.
-    """
-    stem, _, rate = name.rpartition("@")
-    try:
-        is_rate = stem and (rate == "mkdt" or 0 < float(rate) < math.inf)
-    except ValueError:
-        is_rate = False
-    if not is_rate:                                                   # perhaps an @ in a file's name
-        stem, rate = name, ""
+    """(kind, argument, rate) of a set's name: ("subset", "sas.pkl", "0.3") for
+    subset:sas.pkl@0.3. InputError if there is no such set."""
+    stem, rate = re.fullmatch(r"(.*?)(?:@(mkdt|[\d.e-]+))?", name).groups()
     kind, _, argument = stem.partition(":")
-    if stem not in SETS and not (argument and any(known.startswith(f"{kind}:") and known[-1].isupper()
-                                                  for known in SETS)):
-        raise InputError(f"unknown pre-training set {name!r}: choose from {', '.join(SETS)}, with a rate of its own "
-                         "as in random@0.3, or the learned one, random@mkdt")
+    fits = {"random": not argument or re.fullmatch(r"ssl(:[1-9]\d*)?", argument),
+            **{k: argument for k in ("subset", "distilled", "raw")},
+            **{k: re.fullmatch(r"[1-9]\d*|", argument) for k in ("krr_st", "dm")}}
+    if kind not in {known.partition(":")[0] for known in SETS} or not fits.get(kind, not argument):
+        raise InputError(f"unknown set {name!r}: choose from {', '.join(SETS)}, with a rate as in "
+                         "random@0.3 or random@mkdt, the learned one")
     return kind, argument, rate
 
 
-def pretraining_set(name, seed, source):
-    """What the set called `name` (see SETS) is for `seed`, as Chosen; None for no pre-training.
+class Chosen(NamedTuple):
+    """A set: images normalised [n, 3, H, W] or uint8, targets or None, the rate, and the epochs
+    of random:ssl."""
+    images: torch.Tensor
+    targets: torch.Tensor | None
+    lr: float
+    ssl_epochs: int = 0
 
-    The rate is that after the @; else the learned one for distilled sets that bring one, 0.001 (Adam) for random:ssl
-    and --pretrain-lr for all others.
-    """
+
+def pretraining_set(name, seed, r):
+    """What the set called `name` is for `seed` in the run `r`; None: no pre-training."""
     kind, argument, rate = parse_set(name)
-    images, y, n = source.dataset.train_images, source.targets, len(source.dataset.train_images)
-    device, lr = images.device, source.settings["pretrain_lr"]
+    real, n, lr, epochs = r.data.train_images, len(r.data.train_images), r.s.pretrain_lr, 0
     if kind == "none":
         return None
-    if kind == "mkdt":
-        images, lr = source.distilled["images"], source.distilled["lr"]
-        y = source.distilled.get("representations", source.distilled.get("labels", y))
-    elif kind in RIVALS:
-        images, y = source.own[kind]
-    elif kind == "full":
-        pass
-    elif kind == "distilled":
-        images, y, own = read_distilled(argument, source.settings["pixels"], source.dataset.mean, source.dataset.std)
+    if kind in ("mkdt", "initial"):
+        of = r.distilled if kind == "mkdt" else r.init
+        images, y, lr = of["images"], of.get("targets"), of.get("lr", lr)
+    elif kind in ("distilled", "raw", "krr_st", "dm"):
+        images, y, own = r.own[kind, argument]
         lr = own or lr
+    elif kind == "full":
+        images, y = real, r.rows
     else:
-        chosen = {"random": lambda: torch.randperm(n, generator=generator(seed, "random subset"))[:source.size],
-                  "high_loss": lambda: highest(source.losses, source.size),
-                  "initial": lambda: source.distilled["indices"],
-                  "subset": lambda: read_indices(argument, n)}[kind]().to(device)
-        images, y = images[chosen], y if callable(y) else y[chosen]
-    if (kind, argument) == SSL:
-        y, lr = None, 1e-3
+        count = len(r.distilled["images"])
+        chosen = {"random": lambda: torch.randperm(n, generator=stream(seed, "random subset")),
+                  "high_loss": lambda: highest(high_losses(r), count),
+                  "subset": lambda: read_indices(argument, n)}[kind]()
+        chosen = chosen[:count] if kind == "random" else chosen
+        images, y = real[chosen], None if r.rows is None else r.rows[chosen]
+    if argument.startswith("ssl"):
+        y, lr, epochs = None, 1e-3, int(argument[4:] or 1000)
     if rate:
-        lr = source.distilled["lr"] if rate == "mkdt" else float(rate)
-    return Chosen(images.to(device), y.to(device) if torch.is_tensor(y) else y, lr)
+        lr = r.distilled["lr"] if rate == "mkdt" else float(rate)
+    return Chosen(images.to(real.device), None if y is None else y.to(real.device), lr, epochs)
 
 
-def identity(name, source):
-    """Eight hexadecimal digits of all that a row's accuracies depend on beside encoder, protocol, task and seed.
-
-    Raises InputError if the run cannot have that set.
-    """
-    kind, argument, rate = parse_set(name)
-    if source.losses is None and kind in ("high_loss", *RIVALS):
-        raise InputError(f"{kind} needs the teacher's representations, which only runs with --objective kd have")
-    if kind == "dm" and not (source.run_dir.parent / "teacher.pt").exists():
-        raise InputError("dm needs the teacher's weights, which runs with --representations do not have")
-    s, own = source.settings, source.distilled
-    depends = [kind, argument if kind == "random" else "", rate, s["width"], source.made_from, source.size]
-    if kind != "none":
-        depends += [s[k] for k in ("pretrain_epochs", "pretrain_batch", "pretrain_lr")]
-    depends += {"high_loss": lambda: [source.losses], "initial": lambda: [own["indices"]],
-                "mkdt": lambda: [own["images"]],
-                "subset": lambda: [read_indices(argument, len(source.dataset.train_images))],
-                "distilled": lambda: [*pretraining_set(name, 0, source)]}.get(kind, list)()
-    if kind in RIVALS:
-        depends += [s[k] for k in RIVALS[kind][1]]
-    if (kind, argument) == SSL:
-        depends += [s[k] for k in ("ssl", "ssl_epochs", "crop_scale", "gray", "lambd", "temperature")]
-    if rate == "mkdt" or (kind == "mkdt" and not rate):
-        depends += [own["lr"]]
-    return fingerprint(*depends)
+def high_losses(r):
+    """Section 4.2's loss of each training image of a run."""
+    if "losses" not in r.init:
+        raise InputError("high_loss needs a teacher, which runs by its representations have")
+    return r.init["losses"]
 
 
-def highest(loss, count):
-    """Indices of the `count` largest entries of loss [n], the largest first, ties to the lower index."""
-    return loss.cpu().sort(descending=True, stable=True).indices[:count]
-
-
-class PickledType:
-    """Stands for numpy.dtype in a pickle."""
-    order = "="
-
-    def __init__(self, code, *_):
-        self.code = code
-
-    def __setstate__(self, state):
-        self.order = state[1]
-
-    def read(self, raw):
-        """The numbers in the bytes `raw`."""
-        if not re.fullmatch(r"[<>=|][iuf][1248]", self.order + self.code):
-            raise pickle.UnpicklingError(f"an array of type {self.code!r}")
-        return np.frombuffer(bytes(raw), self.order + self.code)
-
-
-class PickledArray:
-    """Stands for a numpy array in a pickle."""
-
-    def __setstate__(self, state):
-        _, _, kind, _, raw = state
-        self.values = kind.read(raw)
-
-
-class IndexUnpickler(pickle._Unpickler):
-    """Unpickles lists, dicts, numbers and numpy arrays (as `PickledArray`), and refuses everything else.
-
-    No function of the pickle's choice is called, nor numpy's own unpickling, which trusts what it is given. The base
-    is the one written in Python: that in C takes as much memory as a damaged index of its memo asks for.
-    """
+class IndexUnpickler(pickle.Unpickler):
+    """Unpickles lists, dicts, numbers and numpy arrays, and refuses everything else."""
 
     def find_class(self, module, name):
-        """What stands here for the class or function that a pickle asks for."""
-        if module.split(".")[0] == "numpy":
-            stand_ins = {"ndarray": PickledArray, "dtype": PickledType, "_reconstruct": lambda *_: PickledArray(),
-                         "_frombuffer": lambda raw, kind, *_: kind.read(raw),
-                         "scalar": lambda kind, raw: kind.read(raw)[0].item()}
-            if name in stand_ins:
-                return stand_ins[name]
-        if (module, name) == ("_codecs", "encode"):                        # bytes, in pickles of the old protocols
-            return lambda text, encoding: text.encode(encoding)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        if (module.split(".")[0], name) not in {("numpy", "ndarray"), ("numpy", "dtype"),
+                                                ("numpy", "_reconstruct"), ("numpy", "scalar"),
+                                                ("numpy", "_frombuffer"), ("_codecs", "encode")}:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-@functools.lru_cache(maxsize=8)
 def read_indices(path, n):
-    """The indices in `path`, of images of 0..n-1: a list, array, or dict with "indices"; .pkl, .pt, .npy, .json, .txt.
+    """Distinct indices of 0..n-1 in a file: a list, an array, or a dict with "indices"."""
+    def unpickle(path):
+        with open(path, "rb") as file:
+            return IndexUnpickler(file).load()
 
-    Returns int64 [count]. Raises InputError unless they are distinct whole numbers in that range.
-    """
-    def unpickle(file):
-        with open(file, "rb") as stream_:
-            return IndexUnpickler(stream_).load()
-
-    readers = {".pkl": unpickle, ".pickle": unpickle, ".pt": load, ".json": read_json,
-               ".npy": lambda file: np.load(file, allow_pickle=False),
-               ".txt": lambda file: [int(word) for word in Path(file).read_text().replace(",", " ").split()]}
+    readers = {".pkl": unpickle, ".pt": load, ".npy": np.load,
+               ".json": lambda path: json.loads(Path(path).read_text()),
+               ".txt": lambda path: Path(path).read_text().replace(",", " ").split()}
     try:
         found = readers[Path(path).suffix](path)
         found = found["indices"] if isinstance(found, dict) else found
-        found = found.values if isinstance(found, PickledArray) else found
-        indices = torch.as_tensor(np.array(found).reshape(-1))
-        whole = indices.long()
-        if not indices.numel() or indices.dtype == torch.bool or not torch.equal(whole.to(indices.dtype), indices):
-            raise ValueError(f"expected whole numbers, got {np.asarray(found).dtype} {list(np.shape(found))}")
-        if whole.min() < 0 or whole.max() >= n:
-            raise ValueError(f"indices from {whole.min()} to {whole.max()} for {n} training images")
-        if len(whole.unique()) < len(whole):
-            raise ValueError(f"{len(whole) - len(whole.unique())} of {len(whole)} indices occur twice")
-    except InputError:
-        raise
-    except Exception as error:          # a missing file, an unknown suffix, a damaged or hostile pickle, no numbers
-        raise InputError(f"subset:{path} is not a list of indices, or a dict with \"indices\", in one of "
-                         f"{', '.join(readers)} ({first_line(error)})") from error
-    return whole
+        indices = torch.from_numpy(np.array(found).reshape(-1).astype(np.int64))
+        if (np.array(found, float).reshape(-1) != indices.numpy()).any():
+            raise ValueError("not whole numbers")
+        if not len(indices) or indices.min() < 0 or indices.max() >= n:
+            raise ValueError(f"{len(indices)} indices, not all of them from 0 to {n - 1}")
+        if len(indices.unique()) < len(indices):
+            raise ValueError("an index occurs twice")
+    except Exception as error:                # no file, no such suffix, a damaged or hostile one
+        raise InputError(f"subset:{path} is not a list of indices in one of {', '.join(readers)} "
+                         f"({type(error).__name__}: {first_line(error)})") from error
+    return indices
 
 
-@functools.lru_cache(maxsize=8)
-def read_distilled(path, pixels, mean, std):
-    """(images normalised float32 [n, 3, H, W], targets [n, d], rate or None) of a distilled set, whoever made it.
+def read_distilled(path):
+    """(images [n, 3, H, W], targets [n, d] or labels [n], rate or None) of a distilled set.
 
-    path: a distilled.pt or a snapshot of this project; one of the authors' images_S.pt, with labels_S.pt and
-    synlr_S.pt beside it; KRR-ST's x_syn*.pt with y_syn*.pt; or a folder with such files (the latest S is taken).
-    Labels int64 [n] may stand in place of representations.
-    pixels: of files other than ours, which say it: "raw" in [0, 1], to be normalised with `mean` and `std`;
-    "normalised" already; "auto": the authors' are, of KRR-ST's it is told by their deviation (about 0.25 or 1).
+    path: a distilled.pt or a snapshot of this project; images_S.pt with labels_S.pt and
+    synlr_S.pt beside it, as the authors' code leaves them; x_syn*.pt with y_syn*.pt, KRR-ST's;
+    or a folder with such files, of which the latest is taken.
     """
     path = Path(path)
     if path.is_dir():
-        found = [sorted(path.glob(pattern), key=lambda p: ([int(n) for n in re.findall(r"\d+", p.stem)], p.stem))
-                 for pattern in ("distilled.pt", "distilled_*.pt", "images_*.pt", "x_syn*.pt")]
+        patterns = "distilled.pt", "distilled_*.pt", "images_*.pt", "x_syn*.pt"
+        found = [sorted(path.glob(pattern), key=lambda p: (len(p.name), p.name))
+                 for pattern in patterns]
         if not any(found):
-            raise InputError(f"distilled:{path} holds no distilled.pt, images_*.pt or x_syn*.pt")
+            raise InputError(f"distilled:{path} holds none of {', '.join(patterns)}")
         path = next(files for files in found if files)[-1]
-        print(f"distilled:{path.parent}: {path.name} is taken", flush=True)
     images, lr = load(path), None
     if isinstance(images, dict):
-        z = images.get("representations", images.get("labels"))
-        images, lr, known = images.get("images"), images.get("lr"), "normalised"
+        images, y, lr = images.get("images"), images.get("targets"), images.get("lr")
     else:
-        beside = path.with_name(path.name.replace("images_", "labels_").replace("x_syn", "y_syn"))
+        names = [path.name.replace("images_", "labels_").replace("x_syn", "y_syn"), "y_syn.pt"]
+        y = load(next((p for p in map(path.with_name, names) if p.exists()),
+                      path.with_name(names[0])))
         rate = path.with_name(path.name.replace("images_", "synlr_"))
-        common = path.with_name("y_syn.pt")                              # KRR-ST's targets may serve several x_syn*.pt
-        z, known = load(common if path.name.startswith("x_syn") and not beside.exists() else beside), None
-        if path.name.startswith("images_"):
-            known = "normalised" if pixels == "auto" else None
-            lr = float(torch.as_tensor(load(rate)).mean()) if rate.exists() else None
-    labels = torch.is_tensor(z) and z.dtype == torch.int64
-    for what, x, form in (("images", images, "[n, 3, H, H]"), ("targets", z, "[n]" if labels else "[n, d]")):
-        fits = torch.is_tensor(x) and x.dim() == form.count(",") + 1 and len(x) == len(images) > 0
-        if not fits or not x.isfinite().all() or x.dim() == 4 and (x.shape[1] != 3 or x.shape[2] != x.shape[3]):
-            raise InputError(f"distilled:{path}: its {what} must be finite {form}, a row for each image, not "
-                             f"{list(x.shape) if torch.is_tensor(x) else type(x).__name__}")
-    if labels and not 0 <= int(z.min()) <= int(z.max()) < 100_000:
-        raise InputError(f"distilled:{path}: labels from {int(z.min())} to {int(z.max())}, not classes from 0 on")
-    images, z = images.detach().float(), z if labels else z.detach().float()
-    taken = known or pixels
-    if taken == "auto":
-        taken = "raw" if images.std() < 0.6 else "normalised"
-        print(f"distilled:{path}: pixels of mean {images.mean():.2f} and deviation {images.std():.2f} are taken for "
-              f"{taken} ones{' and normalised' if taken == 'raw' else ''}; --pixels says otherwise", flush=True)
-    return normalize(images, mean, std) if taken == "raw" else images, z, lr
+        lr = float(torch.as_tensor(load(rate)).mean()) if rate != path and rate.exists() else None
+    for what, x, dims in (("images", images, (4,)), ("targets", y, (1, 2))):
+        if not torch.is_tensor(x) or x.dim() not in dims or len(x) != len(images) or \
+                not x.isfinite().all():
+            raise InputError(f"distilled:{path}: its {what} must be finite, a row for each image: "
+                             f"[n, 3, H, H] and [n, d], or [n] labels")
+    return images.detach().float(), y.detach() if y.dtype == torch.int64 else y.detach().float(), lr
 
 
-def distil_krr_st(source, images, chosen, log, checkpoint):
-    """(images, targets) of the set `krr_st`, begun with `images`, the training images `chosen`."""
-    iterations, z = source.settings["krr_iterations"], source.targets
-    return krr_st(source.encoder, images, z[chosen], source.dataset.train_images, z, source.dataset.batch, iterations,
-                  0, log, checkpoint, online_steps=min(1000, iterations))
-
-
-def distil_dm(source, images, chosen, log, checkpoint):
-    """(images, targets) of the set `dm`: its targets are the teacher's representations of the final images."""
-    s, teacher = source.settings, source.run_dir.parent / "teacher.pt"
-    weights = load(teacher)
-    images = distribution_matching(source.encoder, images, source.dataset.train_images, source.dataset.batch,
-                                   augmentations(source.dataset, s["crop_scale"], s["gray"]), s["dm_iterations"], 0,
-                                   log, checkpoint)
-    network = resnet18(width=s["teacher_width"], max_pool=bool(s["max_pool"]))
-    network.load_state_dict(weights)
-    return images, encode(network.eval().to(images.device).features, images, lambda x: x)
-
-
-# Sets distilled here: how, and by which settings, beside data, targets, width and size.
-RIVALS = {"krr_st": (distil_krr_st, ["krr_iterations"]), "dm": (distil_dm, ["dm_iterations", "crop_scale", "gray"])}
-
-
-def distil_rival(kind, source):
-    """(images, targets) of the set `kind` of RIVALS, as many as the run's: from its file in the run folder, or
-    distilled now from random images."""
-    s, data, n = source.settings, source.dataset, len(source.dataset.train_images)
-    distil, depends = RIVALS[kind]
-    made_from = fingerprint(s["width"], source.made_from, source.size, *(s[k] for k in depends))
-    path = source.run_dir / f"{kind}_{made_from}.pt"
-    if path.exists():
-        saved = load(path)
-        return saved["images"], saved["representations"]
-    chosen = torch.randperm(n, generator=generator(0, kind, "images"))[:source.size].to(data.train_images.device)
-    print(f"{kind}: distilling {source.size} images", flush=True)
-    with Checkpoint(path.with_name(f"{path.stem}_checkpoint.pt")) as checkpoint:
-        images, z = distil(source, data.batch(data.train_images[chosen]), chosen,
-                                 Log(source.run_dir / "log.jsonl"), checkpoint)
-    save(path, {"images": images.cpu(), "representations": z.cpu(), "lr": s["pretrain_lr"]})
-    checkpoint.remove()
-    return images, z
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The cells of a table
-# ------------------------------------------------------------------------------------------------------------
-def read_source(run_dir, data_dir, device, rivals):
-    """The Source in `run_dir`, a folder with distilled.pt as mkdt.py leaves it. rivals: more settings for it."""
-    if not (run_dir / "distilled.pt").exists():
-        raise InputError(f"{run_dir} holds no distilled.pt: make it with mkdt.py, or give another --run-dir")
-    s, distilled = read_json(run_dir / "config.json")["settings"], load(run_dir / "distilled.pt")
-    dataset = load_dataset(distilled["dataset"], data_dir, s["image_size"], device, s["train_images"])
-    made_from = read_json(run_dir / "config.json").get("distill", {}).get("inputs", {}).get("data")
-    if made_from not in (None, dataset.fingerprint()):
-        raise InputError(f"the images of {distilled['dataset']} are not those that {run_dir} was made from: give their "
-                         "--data-dir, or distil again (mkdt.py --force)")
-    targets, d = student_targets(s, dataset, run_dir.parent)
-    if "representations" in distilled and not torch.equal(targets[distilled["indices"]].cpu(),
-                                                          distilled["representations"]):
-        raise InputError(f"{run_dir / 'distilled.pt'} was made with other representations than those in "
-                         f"{run_dir.parent}: distil again (--force)")
-    test = run_dir.parent / "representations_test.pt"
-    return Source(run_dir, {**s, **rivals}, dataset, targets, d,
-                  load(test).to(device) if "representations" in distilled and test.exists() else None,
-                  load(run_dir / "init.pt").get("losses"),
-                  {k: v.to(device) if torch.is_tensor(v) else v for k, v in distilled.items()},
-                  fingerprint(*((s["crop_scale"], s["gray"]) if callable(targets) else (targets.cpu(),))))
-
-
-def student_targets(settings, dataset, run_dir):
-    """(what students are trained towards, the dimension of their output): by --objective, the representations in
-    run_dir (kd), the data set's labels (ce) or augmentations (ssl; SimCLR's 128 dimensions)."""
-    device = dataset.train_images.device
-    if settings.get("objective", "kd") == "kd":
-        z = load(run_dir / "representations.pt").to(device)
-        return z, z.shape[1]
-    if settings["objective"] == "ce":
-        if int(dataset.train_labels.min()) < 0:
-            raise InputError(f"--objective ce needs labels, {dataset.name} has none for some training images")
-        return dataset.train_labels, int(dataset.train_labels.max()) + 1
-    return augmentations(dataset, settings["crop_scale"], settings["gray"]), 128
-
-
-def read_tasks(names, source, percents, seeds, stratified, image_size, data_dir, device):
-    """({name: data set to probe on, whole}, {name: shares of its labels}, {what is left out: why}).
-
-    image_size: side of all, which then stands in their names too, as in dogs-64px; 0 for their own sizes. A task that
-    cannot be had, or a share of it that cannot be probed, is left out; InputError if nothing remains.
-    """
-    own, tasks, shares, skipped = source.distilled["dataset"], {}, {}, {}
-    names = list(dict.fromkeys(own if Path(name).resolve() == Path(own).resolve() else name for name in names))
-    if megabytes := to_download(names, data_dir, image_size):
-        print("eval: to download: " + ", ".join(f"{n} {mb} MB" for n, mb in megabytes.items()), flush=True)
-    for name in names:
-        size = source.settings["image_size"] if name == own and not image_size else image_size
-        try:
-            task = load_dataset(name, data_dir, size, device)
-            check_task(task, 2 ** convnet_depth(source.dataset.image_size))
-        except InputError as error:
-            skipped[name] = str(error)
-            continue
-        why = {percent: share_is_useless(task, percent, seeds, stratified) for percent in percents}
-        skipped.update({f"{percent:g}% of {name}": reason for percent, reason in why.items() if reason})
-        if usable := [percent for percent in percents if not why[percent]]:
-            called = f"{name}-{image_size}px" if image_size else name
-            tasks[called], shares[called] = task, usable
-    if not tasks:
-        raise InputError("; ".join(skipped.values()))
-    for what, reason in skipped.items():
-        print(f"eval: {what} is left out: {reason}", flush=True)
-    return tasks, shares, skipped
-
-
-def check_task(task, smallest):
-    """Raises InputError if `task` is below `smallest` pixels or has no labels to probe on."""
-    if not task.labelled:
-        raise InputError(f"{task.name} has no labels for both splits, so it cannot be probed: give --tasks")
-    if task.image_size < smallest:
-        raise InputError(f"{task.name} has {task.image_size}-pixel images, too small for the encoder: give "
-                         f"--image-size {smallest} or more")
-
-
-def share_is_useless(task, percent, seeds, stratified):
-    """Why a share of the task's labels cannot be probed with one of the seeds; None if it can."""
-    try:
-        for seed in seeds:
-            labels = labels_of(task, percent, seed, stratified)[1]
-            if (labels == labels[0]).all():
-                return (f"the {len(labels)} labelled images ({percent:g}% of {task.name}, seed {seed}) are all of one "
-                        "class: raise --labels of eval.py")
-    except InputError as error:
-        return str(error)
-    return None
-
-
-def labels_of(task, percent, seed, stratified):
-    """(indices, labels) of the `percent` of the task's training images that `seed` draws."""
-    subset = labelled_subset(len(task.train_images), percent, seed, task.train_labels if stratified else None)
-    subset = subset.to(task.train_images.device)
-    return subset, task.train_labels[subset]
-
-
-class Clock:
-    """Seconds spent in each part of the evaluation."""
-
-    def __init__(self, device):
-        self.device, self.seconds = device, {"pre-training": 0.0, "encoding": 0.0, "probing": 0.0}
-
-    @contextlib.contextmanager
-    def __call__(self, part):
-        began = time.monotonic()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[part] += time.monotonic() - began
-
-
-def evaluate(run_dir, sets=DEFAULT_SETS, tasks=(), percents=(1, 5), seeds=(0, 1, 2), encoders=("convnet",),
-             protocol="linear", stratified=False, image_size=0, data_dir="data", device="cpu", save_encoder=None,
-             compile="auto", reference=None, pixels="auto", ssl_epochs=1000, krr_iterations=160_000,
-             dm_iterations=20_000):
-    """Computes the cells of a table that results.json in `run_dir` lacks; rewrites results.json, .csv and .md.
-
-    run_dir: a folder with distilled.pt, as mkdt.py leaves it. sets, percents, seeds, encoders: the rows of the table.
-    tasks: its columns, data sets to probe on; the run's own if none. protocol: linear or finetune. reference: the set
-    that paired differences are taken to, if any. The other arguments are flags, see --help. Several ranks take turns.
-    Returns the list of records.
-    """
-    run_dir, device = Path(run_dir).resolve(), torch.device(device)
-    rivals = {"pixels": pixels, "ssl_epochs": ssl_epochs, "krr_iterations": krr_iterations,
-              "dm_iterations": dm_iterations}
-    with rank_0_first():
-        source = read_source(run_dir, data_dir, device, rivals)
-        made_from = {name: identity(name, source) for name in sets}          # what cannot work is refused beforehand
-        for kind in encoders:
-            source.encoder(kind)
-        if reference:
-            parse_set(reference)
-        tasks, shares, skipped = read_tasks(list(tasks) or [source.distilled["dataset"]], source, percents, seeds,
-                                            stratified, image_size, data_dir, device)
-        for kind in dict.fromkeys(parse_set(name)[0] for name in sets):
-            if kind in RIVALS:
-                try:
-                    source.own[kind] = distil_rival(kind, source)
-                except Diverged as error:                                    # the rest of the table is still made
-                    skipped[kind] = str(error)
-                    sets = [name for name in sets if parse_set(name)[0] != kind]
-                    print(f"eval: {kind} is left out: {error}", flush=True)
-    task_data = {t: fingerprint(task.train_images, task.train_labels, task.test_images, task.test_labels)
-                 for t, task in tasks.items()}
-    results = Results(source, protocol, stratified, made_from, rivals, task_data, reference, skipped)
-    clock, log = Clock(device), Log(None if rank() else run_dir / "log.jsonl")
-    judge = functools.partial(linear_scores if protocol == "linear" else finetuned_scores, stratified=stratified,
-                              clock=clock)
-    for kind in encoders:
-        todo = [(name, seed, results.lacks(name, kind, seed, shares)) for seed in dict.fromkeys(seeds) for name in sets]
-        todo = from_rank_0([(name, seed, lacks) for name, seed, lacks in todo if lacks or (
-            save_encoder and not encoder_file(save_encoder, source, name, seed, kind).exists())])
-        student = speed_up(kind, source, tasks, shares, [name for name, _, _ in todo], protocol, compile)
-        log.start()
-        for done in range(0, len(todo), ranks()):
-            scores, failed = [], None
-            for name, seed, lacks in todo[done + rank():][:1]:             # this rank's part of the round, if any
-                scores, failed = score(student, source, tasks, lacks, name, seed, judge, save_encoder, clock,
-                                       results.keep if ranks() == 1 else lambda scores: None)
-            found = gather_from_ranks((scores, failed))
-            for what, why in (failure for _, failure in found if failure):
-                skipped[what] = why
-                print(f"eval: {what} is left out: {why}", flush=True)
-            if ranks() > 1:
-                results.keep([score for part, _ in found for score in part])
-            if rank() == 0 and (log.due() or done + ranks() >= len(todo)):
-                log("eval", min(done + ranks(), len(todo)), len(todo), unit="set", set=todo[done][0],
-                    seed=todo[done][1], **{f"{t} {p:g}%": a for _, _, t, p, _, _, a, _ in scores})
-    results.keep([])
-    wait_for_ranks()                                                       # until rank 0 has written the results
-    if any(clock.seconds.values()):
-        print("eval: " + ", ".join(f"{part} {duration(s)}" for part, s in clock.seconds.items()), flush=True)
-        log.write({"stage": "eval", "seconds": clock.seconds})
-    return [r for r in results.records if r["scores"]]
-
-
-@dataclass
-class Student:
-    """An encoder that lends its memory to cell after cell, and fast functions of it: loss(x, z), features(x)."""
-    kind: str
-    encoder: torch.nn.Module
-    loss: object = None
-    features: object = None
-
-
-def speed_up(kind, source, tasks, shares, names, protocol, mode):
-    """The Student of that kind with its functions compiled for full batches where that pays for the sets `names`;
-    says what pre-training on them and encoding the tasks will take."""
-    encoder = source.encoder(kind).to(source.dataset.train_images.device).to(memory_format=torch.channels_last)
-    student = Student(kind, encoder)
-    if not names:
-        return student
-    config = read_json(source.run_dir / "config.json")                   # the choice is kept, so that cells are alike
-    kept = config.setdefault("eval_compiled", {}).get(kind, [None, None])
-    s, data = source.settings, source.dataset
-    each = {name: count_steps(name, source) for name in set(names)}
-    steps = sum(each[name] for name in names)
-    encoded = len(names) * sum(len(task.test_images) + len(task.train_images) * sum(shares[t]) / 100
-                               for t, task in tasks.items()) if protocol == "linear" else 0
-
-    def full_batches(f, example, calls, backward, chosen):
-        how = mode if chosen is None or mode != "auto" else "on" if chosen else "off"
-        fast, compiled, seconds = compile_if_it_pays(f, example, calls / ranks(), how, backward)
-        return lambda *x: (fast if len(x[0]) == len(example[0]) else f)(*x), compiled, seconds * calls / ranks()
-
-    batch, chunk = (data.batch(data.train_images[:count]) for count in (s["pretrain_batch"], CHUNK))
-    untouched = copy.deepcopy(encoder.state_dict())                       # a trial moves batch norm's statistics
-    encoder.train()
-    loss = None, 0.0
-    if not callable(source.targets):                          # augmentations are other functions in every step
-        student.loss, *loss = full_batches(lambda x, y: objective(encoder, x, y),
-                                           (batch, source.targets[:len(batch)]), steps, True, kept[0])
-    encoder.load_state_dict(untouched)
-    encoder.eval()
-    with torch.no_grad():                                   # as in `encode`: else it would be compiled there again
-        student.features, *features = full_batches(encoder.features, (chunk,), encoded / CHUNK, False, kept[1])
-    config["eval_compiled"][kind] = [loss[0], features[0]]
-    if rank() == 0:
-        save_json(source.run_dir / "config.json", config)
-    print(f"eval: {len(names)} encoders ({kind}), about {duration(loss[1])} for {steps} steps of pre-training and "
-          f"{duration(features[1])} for encoding; then their probes", flush=True)
-    return student
-
-
-def count_steps(name, source):
-    """Steps of `pretrain` on the set called `name`."""
-    s, chosen = source.settings, pretraining_set(name, 0, source)
-    if chosen is None or chosen.targets is None:
-        return 0
-    return s["pretrain_epochs"] * math.ceil(len(chosen.images) / s["pretrain_batch"])
-
-
-def score(student, source, tasks, wanted, name, seed, judge, save_encoder, clock, keep):
-    """([(set, encoder, task, share, seed, rate, accuracy, mse), ...], None or (what, why) it diverged) of a set and
-    seed; keep(scores) is called task by task. Divergence costs a set its own cells only."""
-    scores = []
-    try:
-        for t, lr, accuracies, mse in cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock):
-            scores += [(name, student.kind, t, p, seed, lr, a, mse) for p, a in zip(wanted[t], accuracies)]
-            keep(scores)
-    except Diverged as error:
-        return scores, (f"{name}, seed {seed}", str(error))
-    return scores, None
-
-
-def cell(student, source, tasks, wanted, name, seed, judge, save_encoder, clock):
-    """Pre-trains on the set `name` with `seed` and judges it on each task: yields (task, rate, the accuracies for the
-    shares of labels in wanted[task], mean squared distance to the teacher on test images or None)."""
-    chosen, s, data = pretraining_set(name, seed, source), source.settings, source.dataset
+def read_own(r, name):
+    """(images, targets, rate) of a set that is read from files, or distilled here by a rival."""
     kind, argument, _ = parse_set(name)
-    shape = of_run = source.d, data.image_size
-    if chosen and torch.is_tensor(chosen.targets):
-        y = chosen.targets
-        classes = int(y.max()) + 1 if y.dim() == 1 else 0
-        if classes and source.settings.get("objective") == "ce":              # as many as the run's own set
-            classes = max(classes, source.d)
-        shape = classes or y.shape[1], chosen.images.shape[-1]
-    if shape != of_run:                                               # made elsewhere, with another teacher or size
-        student = Student(student.kind, source.encoder(student.kind, *shape).to(chosen.images.device))
-    encoder = student.encoder
-    encoder.load_state_dict(build(lambda: source.encoder(student.kind, *shape), seed,
-                                  "evaluation encoder").state_dict())
-    with clock("pre-training"):
-        if chosen and chosen.targets is None:
-            pretrain_ssl(encoder, chosen.images, data, s["ssl"], chosen.lr, s["ssl_epochs"], seed,
-                         s["pretrain_batch"], s["lambd"], s["temperature"], s["crop_scale"], s["gray"])
-        elif chosen:
-            pretrain(encoder, *chosen, s["pretrain_epochs"], seed, s["pretrain_batch"], loss=student.loss,
-                     prepare=data.batch if chosen.images.dtype == torch.uint8 else lambda x: x.contiguous(
-                         memory_format=torch.channels_last))
-    encoder.eval()
-    if save_encoder:
-        save(encoder_file(save_encoder, source, name, seed, student.kind), encoder.state_dict())
-    for t, percents in wanted.items():
-        accuracies, z = judge(encoder, student.features or encoder.features, tasks[t], percents, seed)
-        # Eq. 2's distance, for outputs that were trained to be this teacher's and for untrained ones.
-        ours = t == source.distilled["dataset"] and kind != "distilled" and (kind, argument) != SSL
-        known = source.test_representations
-        ours = ours and z is not None and known is not None and z.shape == known.shape
-        yield t, chosen.lr if chosen else None, accuracies, F.mse_loss(z, known).item() if ours else None
+    if kind in ("distilled", "raw"):
+        images, y, lr = read_distilled(argument)
+        return (r.data.normalize(images) if kind == "raw" else images), y, lr
+    iterations = int(argument or {"krr_st": 160_000, "dm": 20_000}[kind])
+    path = r.dir / f"{kind}_{iterations}.pt"
+    with rank_0_first():
+        if not path.exists():
+            images, y = {"krr_st": distil_krr_st, "dm": distil_dm}[kind](r, iterations, path)
+            save(path, {"images": images.detach().cpu(), "targets": y.detach().cpu()})
+        return read_distilled(path)
 
 
-def linear_scores(encoder, features, task, percents, seed, stratified, clock):
-    """([accuracy of a linear probe on each of the `percents` of labels], the encoder's output on the test images, or
-    None where they have another size than it was built for). Each image is encoded once, in eval mode."""
-    drawn = [labels_of(task, percent, seed, stratified) for percent in percents]
-    needed = torch.cat([subset for subset, _ in drawn]).unique()                       # sorted
-    with clock("encoding"):
-        test_features = encode(features, task.test_images, task.batch)
-        train_features = encode(features, task.train_images[needed], task.batch)
-        fits = test_features.shape[1] == encoder.head.in_features
-        z = encode(encoder.head, test_features, lambda x: x) if fits else None
-    accuracies, classes = [], int(task.train_labels.max()) + 1
-    with clock("probing"):
-        for subset, labels in drawn:
-            W, b = linear_probe(train_features[torch.searchsorted(needed, subset)], labels, classes)
-            accuracies.append(accuracy(test_features @ W.T + b, task.test_labels))
-    return accuracies, z
+def rival_start(r, kind):
+    """(normalised images, their indices, an encoder's maker): what a rival begins with."""
+    n, count = len(r.data.train_images), len(r.distilled["images"])
+    if OBJECTIVES[r.s.objective][1] != "representations":
+        raise InputError(f"{kind} needs the teacher's representations, which this run has not")
+    chosen = torch.randperm(n, generator=stream(0, kind, "images"))[:count]
+    make = functools.partial(encoder, r.student, r.d, r.data.image_size)
+    return r.data.normalize(r.data.train_images[chosen]), chosen, make
 
 
-def finetuned_scores(encoder, features, task, percents, seed, stratified, clock):
-    """([accuracy after fine-tuning the whole encoder on each of the `percents` of labels], None)."""
-    accuracies = []
-    with clock("probing"):
-        for subset, labels in (labels_of(task, percent, seed, stratified) for percent in percents):
-            network = finetune(encoder, task.train_images[subset], labels, int(task.train_labels.max()) + 1,
-                               task.batch, seed)
-            accuracies.append(accuracy(encode(network, task.test_images, task.batch), task.test_labels))
-    return accuracies, None
+def distil_krr_st(r, iterations, path):
+    """KRR-ST's (images, targets). Real images are cropped and mirrored, and their targets are the
+    teacher's of what comes out; where there is no teacher, the fixed representations."""
+    images, chosen, make = rival_start(r, "krr_st")
+    f_T, real = read_teacher(r), r.data.train_images
+
+    def draw(name, rng):
+        batch = torch.randint(len(real), (1024,), generator=rng)
+        seed = stream(*name).initial_seed()
+        x = r.data.normalize(shift_and_flip(real[batch].float() / 255, seed))
+        return x, r.rows[batch] if f_T is None else encode(f_T.features, x, lambda x: x)
+    if f_T is None:
+        print("krr_st: no teacher.pt: targets are the representations of images as they are")
+    state = krr_state(make, images, r.rows[chosen], iterations, 0)
+    checkpoint = Checkpoint(f"{path}.checkpoint", 5, **vars(state))
+    lr = 1e-5 if r.data.name == "tinyimagenet" else 1e-4
+    loop = krr_st(state, make, draw, iterations, lr, 0, checkpoint.restore())
+    collections.deque(follow("krr_st", loop, iterations, r.log, checkpoint), maxlen=0)
+    return state.images, state.targets
 
 
-def encoder_file(folder, source, name, seed, kind="convnet"):
-    """Where --save-encoder keeps the encoder pre-trained on the set `name`; its end tells one run's from another's."""
-    run = fingerprint(str(source.run_dir), identity(name, source))
-    name = re.sub(r"[^\w.-]+", "_", name.replace("@", "_at_"))
-    return Path(folder) / f"{name}_{seed}{'' if kind == 'convnet' else '_' + kind.replace(':', '_')}_{run}.pt"
+def distil_dm(r, iterations, path):
+    """DM's images, and the teacher's representations of them."""
+    images, _, make = rival_start(r, "dm")
+    f_T = read_teacher(r)
+    if f_T is None:
+        raise InputError("dm needs teacher.pt, which runs with --representations do not have")
+    syn = argparse.Namespace(images=images, velocity=torch.zeros_like(images))
+    checkpoint = Checkpoint(f"{path}.checkpoint", 5, **vars(syn))
+    groups = r.s.dm_groups or max(1, r.data.classes)
+    loop = dm(syn, make, r.data, views_of(r.s, r.data), groups, iterations, 0,
+              checkpoint.restore())
+    collections.deque(follow("dm", loop, iterations, r.log, checkpoint), maxlen=0)
+    return syn.images, encode(f_T.features, syn.images, lambda x: x)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Results: results.json, results.csv, results.md
-# ------------------------------------------------------------------------------------------------------------
-KEY = ("pretraining", "task", "labels_percent", "stratified", "encoder", "protocol")
+def read_teacher(r):
+    """The teacher of a run in eval mode; None if it was made with --representations."""
+    path = r.dir.parent / "teacher.pt"
+    if not path.exists():
+        return None
+    f_T = resnet18(None, r.data.image_size, r.s.teacher_width, bool(r.s.max_pool))
+    f_T.load_state_dict(load(path))
+    return f_T.to(r.s.device).eval()
 
 
-class Results:
-    """The records of results.json, those of earlier commands included: one a row and column of a table, whose "scores"
-    are {seed: (accuracy, mse)}. What is kept is written at once."""
-
-    def __init__(self, source, protocol, stratified, made_from, made_with, task_data, reference, skipped):
-        """made_from, task_data: what each set and each task depend on; the rest as in `evaluate` and `tables`."""
-        self.source, self.protocol, self.stratified, self.reference = source, protocol, stratified, reference
-        self.made_from, self.made_with, self.task_data, self.skipped = made_from, made_with, task_data, skipped
-        self.records = read_results(source.run_dir, source, made_from, task_data)
-
-    def record(self, name, kind, task, percent):
-        """The record of a set, encoder, task and share of labels; a new one if there is none."""
-        key = dict(zip(KEY, (name, task, percent, self.stratified, kind, self.protocol)))
-        for record in self.records:
-            if all(record[k] == key[k] for k in KEY):
-                return record
-        self.records.append({**key, "distilled_percent": self.source.distilled["percent"], "lr": None,
-                             "made_from": self.made_from[name], "made_with": self.made_with,
-                             "task_data": self.task_data[task], "scores": {}})
-        return self.records[-1]
-
-    def lacks(self, name, kind, seed, shares):
-        """{task: the shares of its labels for which a set has no score with this seed}."""
-        missing = {t: [p for p in percents if seed not in self.record(name, kind, t, p)["scores"]]
-                   for t, percents in shares.items()}
-        return {t: percents for t, percents in missing.items() if percents}
-
-    def keep(self, scores):
-        """Adds scores, (set, encoder, task, share, seed, rate, accuracy, mse) each, and writes all that is known."""
-        for *row, seed, lr, accuracy, mse in scores:
-            record = self.record(*row)
-            record["lr"], record["scores"][seed] = lr, (accuracy, mse)
-        if rank() == 0:
-            write_results(self.source.run_dir, self.records, self.source, self.reference, self.skipped)
+# ------------------------------------------------------------------------------------------------
+# The cells of a table, kept in results.csv
+# ------------------------------------------------------------------------------------------------
+KEY = "set", "encoder", "protocol", "epochs", "task", "labels", "seed"
+COLUMNS = (*KEY, "rate", "accuracy", "mse")
 
 
-def read_results(run_dir, source, made_from, task_data):
-    """The records of results.json that still hold: those whose set and task would be made from the same things now.
+def read_run(args):
+    """A run's settings, data, distilled set and what its baselines are made from."""
+    run_dir = Path(args.run_dir).resolve()
+    made = read_json(run_dir / "config.json").get("distill")
+    if made is None or not (run_dir / "distilled.pt").exists():
+        raise InputError(f"{run_dir} holds no distilled.pt: make it with mkdt.py, or give another "
+                         "--run-dir")
+    s = argparse.Namespace(**{**made, **vars(args)})
+    s.pretrain_epochs = args.epochs or (1000 if s.protocol == "finetune" else s.pretrain_epochs)
+    s.pretrain_decay = 5e-4 if s.protocol == "finetune" else 1e-4
+    data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
+    rows, d = read_targets(s, data, run_dir.parent)
+    test = run_dir.parent / "representations_test.pt"
+    r = argparse.Namespace(
+        dir=run_dir, s=s, data=data, rows=rows, d=d, distilled=load(run_dir / "distilled.pt"),
+        init=load(run_dir / "init.pt"), student=f"{s.student}:{s.width}", own={},
+        z_test=load(test).to(s.device) if test.exists() and rows is not None else None,
+        log=Log(run_dir / "log.jsonl"))
+    for name in s.sets:                                    # what cannot work is refused first
+        kind, argument, _ = parse_set(name)
+        if kind in ("distilled", "raw", "krr_st", "dm") and (kind, argument) not in r.own:
+            r.own[kind, argument] = read_own(r, name)
+        pretraining_set(name, 0, r)
+    return r
 
-    made_from: the identities of the sets asked for now; others are identified with the flags they were made with.
-    """
-    @functools.lru_cache(maxsize=None)
-    def identify(name, flags):
-        return identity(name, replace(source, settings={**source.settings, **dict(flags)}))
 
-    path, records, dropped = run_dir / "results.json", [], []
-    for r in read_json(path) if path.exists() else []:
+def read_tasks(r):
+    """({task: Dataset}, {what is left out: why})."""
+    tasks, left_out = {}, {}
+    for name in r.s.tasks or [r.s.dataset]:
+        size = r.s.task_size or (r.s.image_size if name == r.s.dataset else 0)
         try:
-            now = made_from.get(r["pretraining"]) or identify(r["pretraining"], tuple(r["made_with"].items()))
-        except InputError:                                # a file it was made from is gone: the record is all there is
-            now = r["made_from"]
-        except KeyError:                                                               # of an earlier version
-            now = None
-        if r["made_from"] == now and r["task_data"] == task_data.get(r["task"], r["task_data"]):
-            r["scores"] = {seed: score for seed, *score in zip(r.pop("seeds"), r.pop("accuracies"), r.pop("mses"))}
-            records.append(r)
-        else:
-            dropped.append(r["pretraining"])
-    if dropped:
-        print(f"eval: earlier results of {', '.join(dict.fromkeys(dropped))} are dropped: they were made from "
-              "something else", flush=True)
-    return records
+            task = load_dataset(name, r.s.data_dir, size, r.s.device)
+            if not task.labelled:
+                raise InputError(f"{name} has no labels for both splits")
+            tasks[f"{task.name}-{size}px" if r.s.task_size else task.name] = task
+        except InputError as error:
+            left_out[name] = str(error)
+            print(f"eval: {name} is left out: {error}", flush=True)
+    if not tasks:
+        raise InputError("; ".join(left_out.values()))
+    return tasks, left_out
 
 
-def write_results(run_dir, records, source, reference, skipped):
-    """results.json: a record a row and column, with mean and std over seeds (percent; ddof 0, as the authors compute
-    it); results.csv: a line a seed; results.md: the paper's layout."""
-    done = []
-    for r in (r for r in records if r["scores"]):
-        seeds = sorted(r["scores"])
-        accuracies, mses = zip(*(r["scores"][s] for s in seeds))
-        known = [m for m in mses if m is not None]
-        done.append({**{k: v for k, v in r.items() if k != "scores"}, "seeds": seeds, "accuracies": accuracies,
-                     "mean": float(np.mean(accuracies)), "std": float(np.std(accuracies)), "mses": mses,
-                     "mse": float(np.mean(known)) if known else None})
-    save_json(run_dir / "results.json", done)
-    text = io.StringIO()
-    lines = csv.writer(text, lineterminator="\n")
-    lines.writerow([*KEY, "distilled_percent", "lr", "seed", "accuracy", "mse"])
-    lines.writerows([*(r[k] for k in KEY), r["distilled_percent"], r["lr"], *score] for r in done
-                    for score in zip(r["seeds"], r["accuracies"], r["mses"]))
-    write_file(run_dir / "results.csv", lambda file: file.write(text.getvalue().encode()))
-    write_file(run_dir / "results.md", lambda file: file.write(tables(done, source, reference, skipped).encode()))
+def read_results(run_dir):
+    """The lines of results.csv, and of the other ranks' files, as dicts; the last of each cell."""
+    lines = {}
+    for path in sorted(run_dir.glob("results*.csv")):
+        for line in csv.DictReader(io.StringIO(path.read_text())):
+            if None not in line.values():                  # cut off by a kill
+                lines[tuple(line[k] for k in KEY)] = line
+    return lines
 
 
-def method(name, source):
-    """(row of the paper's tables, as METHODS has them, or None; what to call it) of the set `name`."""
-    kind, argument, rate = parse_set(name)
-    mkdt, path = {"high_loss": "mkdt", "random": "mkdt_random"}, Path(argument).resolve()
-    if kind == "mkdt":
-        row = {"ssl": "mtt_ssl", "ce": "mtt"}.get(source.settings.get("objective"), mkdt[source.settings["init"]])
-        called = METHODS["mkdt" if row == "mkdt_random" else row]
-    elif kind == "subset":
-        row = "sas" if "sas" in path.name.lower() else None
-        called = f"{METHODS.get(row, 'Subset')} ({path.name})"
-    elif kind == "distilled":                             # a sibling of this run's set says in its name what it is
-        home = path if path.is_dir() else path.parent
-        percent, _, init = home.name.partition("pct_")
-        sibling = home.parent == source.run_dir.parent and percent == f"{source.distilled['percent']:g}"
-        row = mkdt.get(init) if sibling else "krr_st" if "krr" in home.name.lower() + path.name.lower() else None
-        called = f"{METHODS.get(row, 'Distilled')} ({argument})"
-    else:
-        row = f"{kind}:{argument}" if argument else kind
-        called = METHODS[row]
-    return None if rate else row, called + (", learned rate" if rate == "mkdt" else f", rate {rate}" if rate else "")
+def evaluate(args):
+    """Computes the cells that results.csv lacks, and prints and keeps the table, results.md."""
+    r = read_run(args)
+    tasks, left_out = read_tasks(r)
+    path = r.dir / f"results{f'_{RANK}' if RANK else ''}.csv"
+    there, jobs = read_results(r.dir), []
+    for kind, seed, name in itertools.product(args.encoders or [r.student], args.seeds, args.sets):
+        wanted = {task: [p for p in args.labels if tuple(map(str, (
+            name, kind, args.protocol, r.s.pretrain_epochs, task, p, seed))) not in there]
+            for task in tasks}
+        if any(wanted.values()):
+            jobs.append((kind, seed, name, wanted))
+    mine = jobs[RANK::RANKS]
+    for done, (kind, seed, name, wanted) in enumerate(mine):
+        try:
+            for values in cells(r, kind, name, seed, tasks, wanted):
+                line = dict(zip(COLUMNS, (name, kind, args.protocol, r.s.pretrain_epochs,
+                                          *values[:2], seed, *values[2:])))
+                keep(path, line)
+        except ValueError as error:                        # it diverged, or a share has no image
+            left_out[f"{name}, seed {seed}"] = str(error)
+            print(f"eval: {name}, seed {seed}, is left out: {error}", flush=True)
+        if r.log.due() or done + 1 == len(mine):
+            r.log("eval", done + 1, len(mine), set=name, seed=seed)
+    barrier()
+    if RANK == 0:
+        text = tables(r, list(read_results(r.dir).values()))
+        text += "".join(f"\nLeft out: {what} ({why})\n" for what, why in left_out.items())
+        save_text(r.dir / "results.md", text)
+        print(f"\n{text}")
 
 
-def tables(records, source, reference, skipped):
-    """The records as the paper lays them out, a table for each protocol and encoder: a row for each share of labels
-    and set, a column for each task, mean and std over seeds; the paper's values below ours where it has them."""
+def keep(path, line):
+    """Appends a dict to a .csv; its first line names the columns."""
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader() if new else None
+        writer.writerow(line)
+
+
+@functools.lru_cache(maxsize=4)
+def student(kind, d, image_size, objective, device, on):
+    """(an encoder that lends its memory to cell after cell, its loss(x, y) to be minimised)."""
+    net = encoder(kind, d, image_size).to(device).to(memory_format=torch.channels_last)
+    return net, compiled(lambda x, y: OBJECTIVES[objective][0](net, x, y).mean(), on)
+
+
+def cells(r, kind, name, seed, tasks, wanted):
+    """Pre-trains on the set `name` and judges the encoder: yields (task, share of labels, rate,
+    accuracy, distance of Eq. 2 to the teacher on the test images) for what is wanted of each
+    task. Raises ValueError if it diverges."""
+    s, chosen = r.s, pretraining_set(name, seed, r)
+    d, size, objective, y = r.d, r.data.image_size, s.objective, chosen and chosen.targets
+    if y is not None:                                     # a set made elsewhere brings its own
+        objective = "ce" if y.dim() == 1 else objective
+        d = max(d if s.objective == "ce" else 0, int(y.max()) + 1) if y.dim() == 1 else y.shape[1]
+        size = chosen.images.shape[-1]
+    on = s.compile and OBJECTIVES[objective][1] != "views"
+    net, loss = student(kind, d, size, objective, s.device, on)
+    fresh = build(lambda: encoder(kind, d, size), seed, "evaluation encoder")
+    net.load_state_dict(fresh.state_dict())
+    for step, values in pretraining(net.train(), loss, chosen, r, seed) if chosen else ():
+        if r.log.due():
+            r.log("pretrain", step, "", set=name, seed=seed, loss=float(values["loss"]))
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise ValueError(f"pre-training at rate {chosen.lr:.3g} diverged: try {name}@RATE")
+    judge = {"linear": linear_scores, "finetune": finetuned_scores}[s.protocol]
+    for task, percents in wanted.items():
+        ours = task == r.data.name and not (chosen and chosen.ssl_epochs) and d == r.d
+        for percent, score, z in judge(net.eval(), tasks[task], percents, s, seed):
+            mse = ""
+            if ours and z is not None and r.z_test is not None and z.shape == r.z_test.shape:
+                mse = OBJECTIVES[s.objective][0](lambda x: x, z, r.z_test).mean().item()
+            yield task, percent, chosen.lr if chosen else "", score, mse
+
+
+def pretraining(net, loss, chosen, r, seed):
+    """The loop that pre-trains `net` on a set."""
+    if chosen.ssl_epochs:
+        return pretrain_ssl(net, chosen.images, r.data, chosen.ssl_epochs, r.s, seed)
+    raw = chosen.images.dtype == torch.uint8
+    examples = Examples(len(chosen.images), lambda batch: r.data.normalize(chosen.images[batch])
+                        if raw else chosen.images[batch],
+                        targets_of(r.s, r.data, chosen.targets))
+    return pretrain(net, loss, examples, chosen.lr, r.s, seed)
+
+
+def linear_scores(net, task, percents, s, seed):
+    """Yields (share of labels, accuracy of a linear probe on it, the encoder's output on the test
+    images, or None where they have another size). Each image is encoded once."""
+    drawn = [labelled_subset(len(task.train_images), percent, seed) for percent in percents]
+    if not drawn:
+        return
+    needed = torch.cat(drawn).unique()                                           # sorted
+    test = encode(net.features, task.test_images, task.normalize)
+    train_features = encode(net.features, task.train_images[needed], task.normalize)
+    z = net.head(test).detach() if test.shape[1] == net.head.in_features else None
+    for percent, chosen in zip(percents, drawn):
+        labels = task.train_labels[chosen]
+        if (labels == labels[0]).all():
+            raise ValueError(f"the {len(labels)} labelled images of {percent}% are of one class")
+        W, b = linear_probe(train_features[torch.searchsorted(needed, chosen)], labels,
+                            task.classes)
+        yield percent, accuracy(test @ W.T + b, task.test_labels), z
+
+
+def finetuned_scores(net, task, percents, s, seed):
+    """Yields (share of labels, accuracy after fine-tuning on it, None)."""
+    for percent in percents:
+        chosen = labelled_subset(len(task.train_images), percent, seed)
+        tuned = finetune(net, task, chosen, s, seed)
+        logits = encode(tuned, task.test_images, task.normalize)
+        yield percent, accuracy(logits, task.test_labels), None
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+# ------------------------------------------------------------------------------------------------
+def tables(r, lines):
+    """results.md: a table for each protocol, encoder and length of pre-training."""
     text = []
-    for protocol, kind, stratified in dict.fromkeys((r["protocol"], r["encoder"], r["stratified"]) for r in records):
-        of = [r for r in records if (r["protocol"], r["encoder"], r["stratified"]) == (protocol, kind, stratified)]
-        title = f"{source.distilled['dataset']}, {source.distilled['percent']:g}% distilled, {kind}, " + \
-            ("linear probe" if protocol == "linear" else "fine-tuning") + (", stratified labels" if stratified else "")
-        text += [f"## {title}", "", *rows_of(of, source), ""]
-        if reference:
-            text += rows_of_differences(of, source, reference)
-    text += [f"Left out: {what} ({why})" for what, why in skipped.items()]
-    return "\n".join(text) + "\n"
+    for about in dict.fromkeys((x["protocol"], x["encoder"], x["epochs"]) for x in lines):
+        of = [x for x in lines if (x["protocol"], x["encoder"], x["epochs"]) == about]
+        protocol = {"linear": "linear probe", "finetune": "fine-tuning"}[about[0]]
+        text += [f"## {r.data.name}, {r.s.percent:g}% distilled, {about[1]}, {protocol}, "
+                 f"{about[2]} epochs", "", *rows(r, of, about, None), ""]
+        if r.s.paired:
+            text += [f"Each set minus {called(r, r.s.paired)}, paired by seed: mean ± standard "
+                     "error (seeds)", "", *rows(r, of, about, r.s.paired), ""]
+    return "\n".join(text)
 
 
-def order_of(records):
-    """(shares of labels, sets in the order of SETS, tasks) of the records."""
-    kinds = [parse_set(name)[0] for name in SETS]
-    return (sorted({r["labels_percent"] for r in records}),
-            sorted({r["pretraining"] for r in records}, key=lambda name: (kinds.index(parse_set(name)[0]), name)),
-            list(dict.fromkeys(r["task"] for r in records)))
+def rows(r, lines, about, minus):
+    """The rows of one table: percent correct, mean ± std over seeds (how many), the best in bold,
+    the paper's value below ours where it has one; or, with a set `minus`, differences to it."""
+    order = [known.partition(":")[0] for known in SETS]
+    names = sorted({x["set"] for x in lines}, key=lambda n: (order.index(parse_set(n)[0]), n))
+    tasks, rates = list(dict.fromkeys(x["task"] for x in lines)), {x["set"]: x for x in lines}
+    scores = collections.defaultdict(dict)
+    for x in lines:
+        scores[x["set"], x["task"], x["labels"]][x["seed"]] = float(x["accuracy"])
+    head = ["Labels", "Pre-training set"] + ["Rate"] * (not minus) + tasks + ["MSE"] * (not minus)
+    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for percent in sorted({x["labels"] for x in lines}, key=float):
+        best = {t: max((np.mean([*scores[n, t, percent].values()]) for n in names
+                        if n != "full" and scores[n, t, percent]), default=0) for t in tasks}
+        for name in (n for n in names if any(scores[n, t, percent] for t in tasks)):
+            if minus:
+                cells = [paired(scores[name, t, percent], scores[minus, t, percent])
+                         for t in tasks]
+                cells = [f"{c[0]:+.2f} ± {c[1]:.2f} ({c[2]})" if c else "" for c in cells]
+                text += [f"| {percent}% | {called(r, name)} | " + " | ".join(cells) + " |"] * any(
+                    cells) * (name != minus)
+                continue
+            cells = [shown(list(scores[name, t, percent].values()), best[t]) for t in tasks]
+            rate = f"{float(rates[name]['rate']):.3g}" if rates[name]["rate"] else ""
+            distances = [float(x["mse"]) for x in lines if x["set"] == name and x["mse"]]
+            cells += [f"{np.mean(distances):.4f}" if distances else ""]
+            text.append(f"| {percent}% | {called(r, name)} | {rate} | " + " | ".join(cells) + " |")
+            theirs = [paper_value(r, name, about, t, percent) for t in tasks]
+            text += ["| | *paper* | | " + " | ".join([*theirs, ""]) + " |"] * any(theirs)
+    return text
 
 
-def rows_of(records, source):
-    """The lines of one table of `tables`. Bold: the best, but for the full data."""
-    def is_full(name):
-        return parse_set(name)[0] == "full"
-
-    percents, names, tasks = order_of(records)
-    s, one = source.settings, records[0]
-    at = source.distilled["dataset"], f"{source.distilled['percent']:g}", s["ssl"], one["encoder"], one["protocol"]
-    as_in_the_paper = not one["stratified"] and s["width"] == 128 and not s["train_images"]
-    paper = paper_values() if as_in_the_paper else {}
-    if not (source.run_dir.parent / "teacher.pt").exists() or s["teacher_width"] != 64:     # rows without teacher
-        paper = {key: value for key, value in paper.items() if key[6] in ("none", "mtt_ssl")}
-    with_mse, marked, beside = any(r["mse"] is not None for r in records), False, False
-    columns = ["Labels", "Pre-training set", "Rate", *tasks, *["MSE to teacher"] * with_mse]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for percent in percents:
-        cells = {(r["pretraining"], r["task"]): r for r in records if r["labels_percent"] == percent}
-        best = {t: max((r["mean"] for (name, task), r in cells.items() if task == t and not is_full(name)),
-                       default=0) for t in tasks}
-        for name in (n for n in names if any((n, t) in cells for t in tasks)):
-            row, called = method(name, source)
-            ours, theirs = [], []
-            for t in tasks:
-                r, value = cells.get((name, t)), paper.get((*at, f"{percent:g}", row, t))
-                theirs.append(f"{value[0]:.2f} ± {value[1]:.2f}" if value and r else "")
-                if not r:
-                    ours.append("")
-                    continue
-                mean = f"**{r['mean']:.2f}**" if r["mean"] == best[t] and not is_full(name) else f"{r['mean']:.2f}"
-                ours.append(f"{mean} ± {r['std']:.2f} ({len(r['seeds'])})")
-                if value and abs(r["mean"] - value[0]) > 2 * math.hypot(r["std"], value[1]):
-                    ours[-1], marked = ours[-1] + " ≠", True
-            first = next(r for (n, _), r in cells.items() if n == name)
-            mse = [next((f"{r['mse']:.4f}" for (n, _), r in cells.items() if n == name and r["mse"] is not None), "")]
-            rate = f"{first['lr']:.3g}" if first["lr"] else ""
-            lines.append(f"| {percent:g}% | {called} | {rate} | " + " | ".join(ours + mse * with_mse) + " |")
-            if any(theirs):
-                beside = True
-                lines.append("| | *paper* | | " + " | ".join(theirs + [""] * with_mse) + " |")
-    notes = ["Percent correct on test images, mean ± std over seeds (how many)"]
-    notes += ["*paper*: its value in the cell above"] * beside
-    notes += ["≠: differs from it by more than twice the combined std"] * marked
-    return lines + ["", "; ".join(notes) + "."]
+def shown(values, best):
+    """Mean ± std (ddof 0, as the authors') of a cell, in bold if it is the best."""
+    if not values:
+        return ""
+    mean = f"{np.mean(values):.2f}"
+    mean = f"**{mean}**" if np.mean(values) == best else mean
+    return f"{mean} ± {np.std(values):.2f} ({len(values)})"
 
 
-def rows_of_differences(records, source, reference):
-    """The lines of the paired differences to the set `reference`."""
-    percents, names, tasks = order_of(records)
-    lines = []
-    for percent in percents:
-        differences = {t: paired([r for r in records if r["labels_percent"] == percent and r["task"] == t], reference)
-                       for t in tasks}
-        for name in (n for n in names if any(n in d for d in differences.values())):
-            shown = ["{:+.2f} ± {:.2f} ({})".format(*differences[t][name]) if name in differences[t] else ""
-                     for t in tasks]
-            lines.append(f"| {percent:g}% | {method(name, source)[1]} | " + " | ".join(shown) + " |")
-    columns = ["Labels", "Pre-training set", *tasks]
-    called = method(reference, source)[1]
-    if not lines:
-        return [f"No set shares two seeds with {called}, so there are no paired differences.", ""]
-    return [f"Each set minus {called}, paired by seed: mean ± standard error (seeds)", "",
-            "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|", *lines, ""]
+def paired(ours, theirs):
+    """(mean, standard error, seeds) of the differences of two {seed: accuracy}, over the seeds
+    that both have; None for fewer than two."""
+    d = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
+    return (d.mean(), d.std(ddof=1) / len(d) ** 0.5, len(d)) if len(d) > 1 else None
 
 
-def paired(records, reference):
-    """{set: (mean, standard error, seeds)} of each set's accuracy minus that of the set `reference`, over the seeds
-    that both have (ddof 1; sets with fewer than two in common are left out). records: of one task and share."""
-    scores = {r["pretraining"]: dict(zip(r["seeds"], r["accuracies"])) for r in records}
-    own, result = scores.pop(reference, {}), {}
-    for name, score in scores.items():
-        d = np.array([score[s] - own[s] for s in score if s in own])
-        if len(d) > 1:
-            result[name] = d.mean(), d.std(ddof=1) / len(d) ** 0.5, len(d)
-    return result
+def row_of(r, name):
+    """The row of the paper's tables that a set belongs to."""
+    kind, argument, _ = parse_set(name)
+    path = Path(argument).resolve()
+    if kind == "mkdt":
+        return {"ssl": "mtt_ssl", "ce": "mtt"}.get(
+            r.s.objective, {"high_loss": "mkdt", "random": "mkdt_random"}.get(r.s.init, "own"))
+    if kind == "random" and argument:
+        return "ssl"
+    if kind == "subset":
+        return "sas" if "sas" in f"{path.parent.name}/{path.name}".lower() else kind
+    if kind in ("distilled", "raw"):            # a run beside this one says what it is
+        home = path if path.is_dir() else path.parent
+        beside = {f"{r.s.percent:g}pct_high_loss": "mkdt", f"{r.s.percent:g}pct_random":
+                  "mkdt_random"} if home.parent == r.dir.parent else {}
+        krr = "krr" in f"{home.name}/{path.name}".lower() or path.name.startswith("x_syn")
+        return beside.get(home.name, "krr_st" if krr else kind)
+    return kind
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The paper's tables: settings and values
-# ------------------------------------------------------------------------------------------------------------
-# What --table N stands for; {run} is the run's folder. SAS is added by --sets subset:FILE.
-TABLES = {
-    "1": dict(runs=["cifar10/2pct_high_loss"], sets=["none", "random", "krr_st", "mkdt", "full"]),
-    "2": dict(runs=["cifar100/2pct_high_loss"],
-              sets=["none", "random", "high_loss", "krr_st", "distilled:{run}/../2pct_random", "mkdt", "full"]),
-    "3": dict(runs=["tinyimagenet/2pct_high_loss"], sets=["none", "random", "krr_st", "mkdt", "full"]),
-    "4": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")],
-              sets=["random", "krr_st", "mkdt"]),
-    "5": dict(runs=["cifar100/5pct_high_loss"], encoders=["resnet10", "resnet18"], labels=[5],
-              sets=["none", "random", "krr_st", "distilled:{run}/distilled_01000.pt"]),
-    "6": dict(runs=[f"{d}_simclr/2pct_high_loss" for d in ("cifar10", "cifar100")], sets=["random", "krr_st", "mkdt"]),
-    "7": dict(runs=[f"{d}/2pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")], labels=[10, 50],
-              sets=["random", "krr_st", "mkdt"]),
-    "10": dict(runs=["cifar100/2pct_high_loss"], protocol="finetune", labels=[100],
-               sets=["none", "random:ssl", "krr_st"],
-               tasks=["cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers"]),
-    "11": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100")], sets=["dm"]),
-    "12": dict(runs=[f"{d}_ssl/5pct_random" for d in ("cifar10", "cifar100")], sets=["mkdt"]),
-}
+def called(r, name):
+    """What the table calls a set."""
+    kind, argument, rate = parse_set(name)
+    text = METHODS.get(row_of(r, name), "MKDT")
+    text += f" ({argument})" if argument else ""
+    return text + (", learned rate" if rate == "mkdt" else f", rate {rate}" if rate else "")
 
-# Tables 1 - 7 and 10 - 12. Each block: pre-training data, distilled percent, teacher, encoder, protocol: the tasks;
-# then a row of means and deviations for each share of labels and method.
+
+# Tables 1 - 7 and 10 - 12. Each block: pre-training data, percent, teacher, encoder, protocol:
+# tasks; then, for each share of labels and row, means and deviations. Of Table 10, none and
+# krr_st were copied from Lee et al. (2023): another network (ConvNet 128-256-512, batch norm).
 PAPER = """
 # cifar10 2 barlow convnet linear: cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers
 1 none 35.84 1.39  2.52 0.09  8.01 0.19  2.43 0.17  1.27 0.10  1.92 0.18  2.02 0.76
@@ -1316,77 +927,108 @@ PAPER = """
 
 @functools.lru_cache(maxsize=1)
 def paper_values():
-    """{(data set, distilled percent, teacher, encoder, protocol, labels percent, method, task): (mean, std)}."""
+    """{(data set, percent, teacher, encoder, protocol, labels, row, task): (mean, std)}."""
     values, block, tasks = {}, (), []
     for line in PAPER.strip().splitlines():
         if line.startswith("#"):
             block, tasks = (part.split() for part in line[1:].split(":"))
             continue
-        percent, row, *numbers = line.split()
+        labels, row, *numbers = line.split()
         pairs = zip(numbers[::2], numbers[1::2])
-        values.update({(*block, percent, row, t): (float(mean), float(std)) for t, (mean, std) in zip(tasks, pairs)})
+        values.update({(*block, labels, row, task): pair for task, pair in zip(tasks, pairs)})
     return values
 
 
-# ------------------------------------------------------------------------------------------------------------
+def paper_value(r, name, about, task, labels):
+    """The paper's "mean ± std" for a cell, "" where it has none for exactly this setting: its
+    student, data and epochs, its teacher (but for rows without one) and its iterations."""
+    s, row, (protocol, kind, epochs) = r.s, row_of(r, name), about
+    _, argument, rate = parse_set(name)
+    kind = "convnet" if kind == "convnet:128" else kind
+    own_student = kind == "convnet" and s.student == "convnet" and s.width == 128
+    length = r.distilled["iterations"] if row.startswith(("mkdt", "mtt")) else None
+    same = [own_student or kind in ("resnet10", "resnet18") or protocol == "finetune",
+            not rate and not s.train_images and not s.image_size and not s.task_size,
+            epochs == ("1000" if protocol == "finetune" else "20"),
+            row in ("none", "mtt_ssl") or s.teacher_width == 64 and not s.representations,
+            length in (None, 1000 if kind != "convnet" else 5000),
+            not argument or row in ("sas", "mkdt", "mkdt_random") or row == "krr_st"]
+    mean, std = paper_values().get((s.dataset, f"{s.percent:g}", s.ssl, kind, protocol, labels,
+                                    row, task), ("", "")) if all(same) else ("", "")
+    return f"{mean} ± {std}" if mean else ""
+
+
+# ------------------------------------------------------------------------------------------------
 # Command line
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
+# What --table N stands for; {run} is the run's folder. SAS is added by --sets subset:FILE.
+MKDT = ["random", "krr_st", "mkdt"]
+TABLES = {
+    "1": dict(runs=["cifar10/2pct_high_loss"], sets=["none", *MKDT, "full"]),
+    "2": dict(runs=["cifar100/2pct_high_loss"], sets=[
+        "none", "random", "high_loss", "krr_st", "distilled:{run}/../2pct_random", "mkdt",
+        "full"]),
+    "3": dict(runs=["tinyimagenet/2pct_high_loss"], sets=["none", *MKDT, "full"]),
+    "4": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")],
+              sets=MKDT),
+    "5": dict(runs=["cifar100/5pct_high_loss"], encoders=["resnet10", "resnet18"], labels=[5],
+              sets=["none", "random", "krr_st", "distilled:{run}/distilled_01000.pt"]),
+    "6": dict(runs=[f"{d}_simclr/2pct_high_loss" for d in ("cifar10", "cifar100")], sets=MKDT),
+    "7": dict(runs=[f"{d}/2pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")],
+              labels=[10, 50], sets=MKDT),
+    "10": dict(runs=["cifar100/2pct_high_loss"], protocol="finetune", labels=[100],
+               sets=["none", "random:ssl", "krr_st"], tasks=[
+                   "cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers"]),
+    "11": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100")], sets=["dm"]),
+    "12": dict(runs=[f"{d}_ssl/5pct_random" for d in ("cifar10", "cifar100")], sets=["mkdt"]),
+}
+
+
 def parse(argv):
-    """The arguments of a command line."""
+    """The arguments of a command line; --table fills in what is not given."""
     sets = "\n".join(f"    {name:<16}{what}" for name, what in SETS.items())
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-        epilog=f"pre-training sets (SET):\n{sets}\n\nany at another rate: random@0.3, or the learned one: random@mkdt")
-    parser.add_argument("--run-dir", help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
-    parser.add_argument("--table", choices=TABLES,
-                        help="the settings of that table of the paper, for its runs in runs/ or for --run-dir")
-    parser.add_argument("--sets", nargs="+", metavar="SET",
-                        help=f"what to pre-train on, see below (default: {' '.join(DEFAULT_SETS)})")
-    parser.add_argument("--tasks", nargs="+", metavar="DATASET",
-                        help="data sets to probe on; all: the seven of Table 1 (default: the run's own)")
-    parser.add_argument("--labels", nargs="+", type=float, metavar="PERCENT",
-                        help="shares of the task's training labels in percent (default: 1 5; 100 for finetune)")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2],
-                        help="a seed fixes initial weights, batches and labelled images (default: 0 1 2)")
-    parser.add_argument("--encoders", nargs="+", metavar="NAME",
-                        help="convnet, resnet10, resnet18, or with a width: resnet18:16 (default: convnet)")
-    parser.add_argument("--protocol", choices=["linear", "finetune"],
-                        help="linear probe, or fine-tuning of the whole encoder (appendix B) (default: linear)")
-    parser.add_argument("--stratified", action="store_true", help="draw the labelled images class by class")
-    parser.add_argument("--paired", nargs="?", const="random", metavar="SET",
-                        help="add each set's paired difference to SET, with standard errors (if none is named: random)")
-    parser.add_argument("--image-size", type=int, default=0, metavar="PIXELS",
-                        help="squash every task to this side in pixels (default: 0, its own: 32, TinyImageNet 64)")
-    parser.add_argument("--pixels", choices=["auto", "raw", "normalised"], default="auto",
-                        help="what distilled:PATH holds, if its files do not say: raw pixels in [0, 1], to be "
-                             "normalised, or normalised ones (default: auto, told by their deviation)")
-    parser.add_argument("--ssl-epochs", type=int, default=1000, metavar="EPOCHS",
-                        help="epochs of random:ssl (default: 1000)")
-    parser.add_argument("--krr-iterations", type=int, default=160_000, metavar="STEPS",
-                        help="iterations that krr_st is distilled for (default: 160000)")
-    parser.add_argument("--dm-iterations", type=int, default=20_000, metavar="STEPS",
-                        help="iterations that dm is distilled for (default: 20000)")
-    parser.add_argument("--data-dir", default="data", help="where data sets are looked for and kept (default: data)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
-    parser.add_argument("--compile", choices=["auto", "on", "off"], default="auto",
-                        help="torch.compile pre-training and encoding; auto: where it pays (default: auto)")
-    parser.add_argument("--deterministic", action="store_true",
-                        help="bit-identical results, slower: no timing decides what is compiled, and on a GPU sums are "
-                             "taken in a fixed order")
-    parser.add_argument("--save-encoder", metavar="FOLDER",
-                        help="keep each pre-trained encoder there as SET_SEED_FINGERPRINT.pt")
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False, epilog=f"sets:\n{sets}\n\nat another rate: random@0.3; at the learned "
+        "one: random@mkdt")
+    add = parser.add_argument
+    add("--run-dir", help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
+    add("--table", choices=TABLES, help="a table of the paper, for its runs in runs/")
+    add("--sets", nargs="+", metavar="SET", help="see below (default: the run's own table)")
+    add("--tasks", nargs="+", metavar="DATASET", help="data sets to probe on; all: the seven of "
+        "Table 1 (default: the run's own)")
+    add("--labels", nargs="+", type=float, metavar="PERCENT", help="shares of the task's labels "
+        "(default: 1 5; finetune: 100)")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--encoders", nargs="+", metavar="NAME", help="names in models.ENCODERS, with a width as "
+        "in resnet18:16 (default: the run's student)")
+    add("--protocol", choices=["linear", "finetune"], help="linear probe, or fine-tuning as Lee et "
+        "al. (Table 10) (default: linear)")
+    add("--paired", nargs="?", const="random", metavar="SET", help="add each set's paired "
+        "difference to SET, with standard errors (if none is named: random)")
+    add("--epochs", type=int, default=0, help="of pre-training (default: 0, the run's own; "
+        "finetune: 1000)")
+    add("--finetune-lr", type=float, default=0.01, help="rate of fine-tuning (default: 0.01)")
+    add("--finetune-iterations", type=int, default=0, help="(default: 0, that is 10000 on CIFAR "
+        "and TinyImageNet, else 5000)")
+    add("--dm-groups", type=int, default=0, help="groups of images that dm matches (default: 0, "
+        "as many as classes)")
+    add("--task-size", type=int, default=0, metavar="PIXELS", help="squash every task to this side "
+        "(default: 0, its own)")
+    add("--data-dir", default="data", help="where data sets are kept (default: data)")
+    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
     args = parser.parse_args(argv)
     table = TABLES.get(args.table, {})
-    if not (args.run_dir or args.table):
+    if not (args.run_dir or table):
         parser.error("give --run-dir, or --table for the runs in runs/")
-    args.runs = [Path(args.run_dir)] if args.run_dir else [Path("runs") / run for run in table["runs"]]
+    args.runs = [args.run_dir] if args.run_dir else [f"runs/{run}" for run in table["runs"]]
     args.sets = args.sets or table.get("sets", DEFAULT_SETS)
-    args.encoders = args.encoders or table.get("encoders", ["convnet"])
+    args.encoders = args.encoders or table.get("encoders")
     args.protocol = args.protocol or table.get("protocol", "linear")
-    args.labels = args.labels or table.get("labels") or ([1, 5] if args.protocol == "linear" else [100])
+    args.labels = args.labels or [*map(float, table.get("labels", (
+        [100] if args.protocol == "finetune" else [1, 5])))]
     args.tasks = args.tasks or table.get("tasks") or (["all"] if args.table else [])
-    if args.deterministic and args.compile == "auto":                                    # which a timing would decide
-        args.compile = "off"
     return args
 
 
@@ -1394,45 +1036,23 @@ def main(argv=None):
     """The command line; see the top of this file."""
     args = parse(argv)
     try:
-        for flag, value, least in (("--ssl-epochs", args.ssl_epochs, 1), ("--krr-iterations", args.krr_iterations, 1),
-                                   ("--dm-iterations", args.dm_iterations, 1),
-                                   ("--image-size", args.image_size or 8, 8)):
-            if value < least:
-                raise InputError(f"{flag} {value} must be at least {least}")
-        device = join_ranks(pick_device(args.device, args.deterministic))
-        with contextlib.redirect_stdout(None if rank() else sys.stdout):                           # rank 0 alone speaks
-            there = [run for run in args.runs if (run / "distilled.pt").exists()]
-            for run in (run for run in args.runs if run not in there):
-                print(f"eval: {run} is left out: it holds no distilled.pt", flush=True)
-            for run in there or args.runs[:1]:
-                sets = [name.replace("{run}", str(run)) for name in args.sets]
-                if args.table:
-                    for name in [n for n in sets if n.startswith("distilled:")]:
-                        path = Path(name[10:]) if name.endswith(".pt") else Path(name[10:], "distilled.pt")
-                        if not path.exists():
-                            sets.remove(name)
-                            print(f"eval: {name} is left out: there is no {path}", flush=True)
-                run = run.resolve()
-                # The run's own data set first, as in the paper's tables.
-                seven = sorted(TASKS, key=lambda t: run.parent.name.split("_")[0] != t)
-                tasks = [t for task in args.tasks for t in (seven if task == "all" else [task])]
-                with hold(run.parent) if not rank() and (run / "distilled.pt").exists() else contextlib.nullcontext():
-                    evaluate(run, sets, tasks, args.labels, args.seeds, args.encoders, args.protocol, args.stratified,
-                             args.image_size, args.data_dir, device, args.save_encoder, args.compile, args.paired,
-                             args.pixels, args.ssl_epochs, args.krr_iterations, args.dm_iterations)
-                print((run / "results.md").read_text())
-            leave_ranks()
+        args.device = start(args.device)
+        with contextlib.redirect_stdout(None if RANK else sys.stdout):          # rank 0 speaks
+            for run in args.runs:
+                if args.table and not Path(run, "distilled.pt").exists():
+                    print(f"eval: {run} is left out: it holds no distilled.pt")
+                    continue
+                own = Path(run).resolve().parent.name.split("_")[0]
+                seven = sorted(TASKS, key=lambda t: own != t)                   # its own first
+                changed = {"run_dir": run, "sets": [x.format(run=run) for x in args.sets],
+                           "tasks": [t for x in args.tasks for t in (
+                               seven if x == "all" else [x])]}
+                evaluate(argparse.Namespace(**{**vars(args), **changed}))
     except InputError as error:
-        print(f"eval.py: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not out_of_memory(error):
-            raise
-        print(f"eval.py: out of memory ({first_line(error)}): use a smaller encoder, or --tasks one by one",
-              file=sys.stderr)
+        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("eval.py: stopped; the same command goes on with the cells that are missing", file=sys.stderr)
+        print("eval.py: stopped; the same command goes on", file=sys.stderr)
         return 130
     return 0
 
