@@ -7,8 +7,7 @@ files that are whole or absent, checkpoints and progress.
 
 Every data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images
 [N, H, H, 3] and int64 train_labels, test_labels [N]. Put such a file there and nothing is
-downloaded.
-"""
+downloaded."""
 import hashlib
 import json
 import math
@@ -23,16 +22,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
 from PIL import Image
+from torchvision import datasets
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.datasets.utils import download_and_extract_archive
 
 from models import RANK, InputError, first_line, rank_0_first
 
 
-# ------------------------------------------------------------------------------------------------
-# Files
-# ------------------------------------------------------------------------------------------------
+# ---- Files -----------------------------------------------------------------------------------
 def write_file(path, write):
     """Writes `path` by write(file): beside it first, then renamed, so that it is never half."""
     path, beside = Path(path), Path(f"{path}.{os.getpid()}.beside")
@@ -77,14 +75,11 @@ def read_json(path):
         raise InputError(f"{path} is not readable JSON ({first_line(error)})") from error
 
 
-# ------------------------------------------------------------------------------------------------
-# Training loops are generators of (step, {name: value}); this is what follows them
-# ------------------------------------------------------------------------------------------------
+# ---- Training loops are generators of (step, {name: value}); this is what follows them -------
 class Checkpoint:
     """The state of a loop in one file, written every so many minutes.
 
-    state: tensors (changed in place) and what has a state_dict.
-    """
+    state: tensors (changed in place) and what has a state_dict."""
 
     def __init__(self, path, minutes, **state):
         self.path, self.seconds, self.state = Path(path), 60 * minutes, state
@@ -105,8 +100,7 @@ class Checkpoint:
             return 0
         saved = load(self.path)
         for name, part in self.state.items():
-            restore = part.copy_ if torch.is_tensor(part) else part.load_state_dict
-            restore(saved[name])
+            (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved[name])
         print(f"resuming from {self.path} at step {saved['step']}", flush=True)
         return saved["step"]
 
@@ -115,8 +109,7 @@ class Log:
     """A progress line an interval on the screen, and the same as JSON lines in `path`."""
 
     def __init__(self, path=None, interval=10.0):
-        self.path, self.interval = None if RANK else path, interval
-        self.last = -math.inf
+        self.path, self.interval, self.last = path, interval, -math.inf
 
     def due(self):
         return time.monotonic() - self.last >= self.interval
@@ -126,29 +119,19 @@ class Log:
         self.last = time.monotonic()
         shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                           for k, v in values.items())
-        left = duration((total - step) / rate) if rate else "?"
-        speed = f"{rate:.3g} it/s" if rate >= 1 else f"{1 / rate:.3g} s/it" if rate else ""
-        print(f"{stage:<8} {step:>6}/{total}  {shown}  {speed}  {left} left", flush=True)
-        if self.path:
-            record = {"stage": stage, "step": step, "total": total, **values, "rate": rate}
-            Path(self.path).parent.mkdir(parents=True, exist_ok=True)
+        speed = f"{rate:.3g} it/s  {(total - step) / rate / 60:.1f} min left" if rate else ""
+        print(f"{stage:<8} {step:>6}/{total}  {shown}  {speed}", flush=True)
+        if self.path and RANK == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
-                file.write(json.dumps(record) + "\n")
-
-
-def duration(seconds):
-    """Seconds as 45s, 12m or 3.4h."""
-    for limit, size, unit in ((99, 1, "s"), (5999, 60, "m"), (math.inf, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / size:.{1 if unit == 'h' else 0}f}{unit}"
+                file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
 
 def follow(stage, loop, total, log, checkpoint=None):
     """Yields what `loop` yields, (step, {name: value}), and logs and saves it when that is due.
 
     Only then are values read from the device: means since the last line. Raises InputError where
-    one is not finite, or a learned rate "lr" not positive, so that such a state is never saved.
-    """
+    one is not finite, or a learned rate "lr" not positive, so that no such state is ever saved."""
     recent, began, first = [], time.monotonic(), None
     for step, values in loop:
         yield step, values                     # the caller may add to them, or take a snapshot
@@ -157,24 +140,20 @@ def follow(stage, loop, total, log, checkpoint=None):
         due = checkpoint and (checkpoint.due() or step == total)
         if not (due or log.due() or step == total):
             continue
-        means = {k: float(sum(v[k] for v in recent if k in v)) / sum(k in v for v in recent)
-                 for k in {k: None for v in recent for k in v}}
-        if not all(map(math.isfinite, means.values())) or means.get("lr", 1) <= 0:
-            raise InputError(
-                f"{stage}: {means} at step {step}: lower its rate (of distill: --pixel-lr, "
-                "--syn-lr, --syn-lr-lr, or bound it by --clip)" + (
-                    f"; the state of the last checkpoint is in {checkpoint.path}"
-                    if checkpoint and checkpoint.path.exists() else ""))
-        rate = (step - first) / max(time.monotonic() - began, 1e-9)
-        log(stage, step, total, rate, **means)
+        means = {}
+        for name in {k: 0 for v in recent for k in v}:
+            given = [float(v[name]) for v in recent if name in v]
+            means[name] = sum(given) / len(given)
         recent = []
+        if not all(map(math.isfinite, means.values())) or means.get("lr", 1) <= 0:
+            raise InputError(f"{stage}: {means} at step {step}: lower its rate, or bound the step "
+                             "(--clip); the last checkpoint is of before")
+        log(stage, step, total, (step - first) / max(time.monotonic() - began, 1e-9), **means)
         if due and RANK == 0:
             checkpoint.save(step)
 
 
-# ------------------------------------------------------------------------------------------------
-# A data set
-# ------------------------------------------------------------------------------------------------
+# ---- A data set ------------------------------------------------------------------------------
 # Means and deviations of the authors' code: the pixel rates of Tables 8 and 9 are in units of
 # these deviations. Any other data set is normalised by its own training images.
 STATISTICS = {
@@ -217,15 +196,13 @@ class Dataset:
 
 def normalize(images, mean, std):
     """(images - mean) / std per channel, for images [B, 3, H, W] in [0, 1]."""
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None]
-                 for v in (mean, std))
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     return (images - mean) / std
 
 
 def denormalize(images, mean, std):
     """The inverse of `normalize`."""
-    mean, std = (torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None]
-                 for v in (mean, std))
+    mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
     return images * std + mean
 
 
@@ -234,22 +211,19 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
 
     name: a key of OFFICIAL; the path of a folder with train/ and test/ inside; or of an .npz.
     image_size: the side to squash to; 0: its own (32 for folders). train_images: the first so
-    many only, 0 for all. Raises InputError if it cannot be had.
-    """
-    path, data_dir = Path(name), Path(data_dir)
+    many only, 0 for all. Raises InputError if it cannot be had."""
+    path, title = Path(name), Path(name).resolve().name
     if name in OFFICIAL:
-        read, own = OFFICIAL[name]
-        size = image_size or own
-        cache = data_dir / (f"{name}.npz" if size == own else f"{name}-{size}px.npz")
-        arrays = cached(cache, lambda: decode(official(name, data_dir), size))
+        size = image_size or OFFICIAL[name][1]
+        called = name if size == OFFICIAL[name][1] else f"{name}-{size}px"
+        arrays = cached(Path(data_dir, f"{called}.npz"), lambda: official(name, data_dir), size)
     elif path.suffix == ".npz":
-        arrays = read_npz(path)
+        arrays, title = read_npz(path), path.stem
     elif path.is_dir():
         size, items = image_size or 32, folder_items(path)
-        files = [(str(p), p.stat().st_mtime_ns) for split in items.values() for p, _ in split]
-        listing = hashlib.sha256(repr(files).encode()).hexdigest()[:8]  # changed: read again
-        cache = data_dir / f"{path.resolve().name}-{size}px-{listing}.npz"
-        arrays = cached(cache, lambda: decode(items, size))
+        listing = [(str(p), p.stat().st_mtime_ns) for split in items.values() for p, _ in split]
+        version = hashlib.sha256(repr(listing).encode()).hexdigest()[:8]     # changed: read again
+        arrays = cached(Path(data_dir, f"{title}-{size}px-{version}.npz"), lambda: items, size)
     else:
         raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a folder "
                          "with train/ (and test/) inside, or an .npz file")
@@ -257,12 +231,9 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
         raise InputError(f"{name} has {arrays['train_images'].shape[1]}-pixel images: leave out "
                          f"--image-size {image_size}")
     mean, std = STATISTICS.get(name) or channel_statistics(arrays["train_images"])
-    for key in ("train_images", "train_labels") if train_images else ():
-        arrays[key] = arrays[key][:train_images]
-    tensors = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
-    for key in ("train_images", "test_images"):
-        tensors[key] = tensors[key].permute(0, 3, 1, 2)
-    title = path.stem if path.suffix == ".npz" else path.resolve().name
+    keep = {"train_images": train_images or None, "train_labels": train_images or None}
+    tensors = {k: torch.from_numpy(v[:keep.get(k)]).to(device) for k, v in arrays.items()}
+    tensors = {k: v.permute(0, 3, 1, 2) if v.dim() == 4 else v for k, v in tensors.items()}
     return Dataset(title, mean=mean, std=std, **tensors)
 
 
@@ -278,11 +249,11 @@ def channel_statistics(images):
     return tuple(mean), tuple(std)
 
 
-def cached(path, make):
-    """The arrays in the .npz `path`; if there is none, make()'s, kept there."""
+def cached(path, items, size):
+    """The arrays in the .npz `path`; if there is none, of items(), decoded and kept there."""
     with rank_0_first():
         if not path.exists():
-            arrays = make()
+            arrays = decode(items(), size)
             write_file(path, lambda file: np.savez(file, **arrays))
         return read_npz(path)
 
@@ -290,32 +261,31 @@ def cached(path, make):
 def read_npz(path):
     """The four arrays of an .npz, checked; labels (-1) and test images may be missing.
 
-    Classes are numbered from 0 without gaps in the order of their labels.
-    """
+    Classes are numbered from 0 without gaps in the order of their labels."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files}
+            arrays = dict(file)
         train = arrays["train_images"]
     except Exception as error:                                 # zip, zlib, pickle, numpy
         raise InputError(f"{path} is not a whole .npz with train_images "
                          f"({first_line(error)})") from error
-    images = {"train": train, "test": arrays.get("test_images", train[:0])}
-    for split, x in images.items():
-        if x.ndim != 4 or x.dtype != np.uint8 or x.shape[1:] != (train.shape[1],) * 2 + (3,):
-            raise InputError(f"{path}: {split}_images must be uint8 [N, H, H, 3], of one size, "
-                             f"not {x.dtype} {list(x.shape)}")
-    unknown = {k: np.full(len(x), -1) for k, x in images.items()}
-    labels = {k: np.asarray(arrays.get(f"{k}_labels", unknown[k])) for k in images}
-    if any(y.shape != images[k].shape[:1] or y.dtype.kind not in "iu" for k, y in labels.items()):
-        raise InputError(f"{path}: labels must be an integer for each image")
-    classes = np.unique(labels["train"][labels["train"] >= 0])
-    if len(classes) and not np.isin(labels["test"], [-1, *classes]).all():
-        raise InputError(f"{path}: test_labels hold a class without a training image")
-    for k, y in labels.items():
+    checked, classes = {}, []
+    for split in ("train", "test"):
+        x = arrays.get(f"{split}_images", train[:0])
+        y = arrays.get(f"{split}_labels", np.full(len(x), -1))
+        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (train.shape[1],) * 2 + (3,) or \
+                y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+            raise InputError(f"{path}: expected {split}_images uint8 [N, H, H, 3] of one size and "
+                             f"{split}_labels integers [N], not {x.dtype} {list(x.shape)} and "
+                             f"{y.dtype} {list(y.shape)}")
+        if split == "train":
+            classes = np.unique(y[y >= 0])
         known = (y >= 0) & (len(classes) > 0)
-        labels[k] = np.where(known, np.searchsorted(classes, y), -1).astype(np.int64)
-    return {f"{k}_{what}": v[k] for k in images for what, v in (("images", images),
-                                                               ("labels", labels))}
+        if not np.isin(y[known], classes).all():
+            raise InputError(f"{path}: test_labels hold a class without a training image")
+        checked[f"{split}_images"] = x
+        checked[f"{split}_labels"] = np.where(known, np.searchsorted(classes, y), -1)
+    return checked
 
 
 def checksum(data):
@@ -324,9 +294,7 @@ def checksum(data):
     return f"{zlib.crc32(images.numpy()):08x}"
 
 
-# ------------------------------------------------------------------------------------------------
-# Where images come from: {"train": [(picture or path, label), ...], "test": [...]}
-# ------------------------------------------------------------------------------------------------
+# ---- Where images come from: {"train": [(picture or path, label), ...], "test": [...]} -------
 def decode(items, size):
     """The four arrays of `items`: RGB, squashed to `size` with Lanczos, by several threads."""
     def read(picture):
@@ -356,30 +324,30 @@ def decode(items, size):
 
 def folder_items(folder):
     """train/<class>/* and test/<class>/*, or train/* without classes, in sorted order."""
-    items, suffixes = {}, set(Image.registered_extensions())
+    items = {}
     for split in ("train", "test"):
-        items[split] = [p for p in sorted((folder / split).rglob("*"))
-                        if p.suffix.lower() in suffixes and not p.name.startswith(".")]
-    names = sorted({p.parent for p in items["train"]} - {folder / "train"})
-    classes = {p.name: i for i, p in enumerate(names)}
-    for split, paths in items.items():
-        wrong = [p for p in paths if p.parent != folder / split / (p.parent.name * bool(classes))
-                 or (classes and p.parent.name not in classes)]
-        if wrong:
-            raise InputError(f"{wrong[0]} has no place: expected <class>/* with the classes of "
-                             "train/ in both splits, or no folders in either")
-        items[split] = [(p, classes.get(p.parent.name, -1)) for p in paths]
+        paths = [p for p in sorted((folder / split).rglob("*"))
+                 if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")]
+        if split == "train":
+            names = sorted({p.parent.name for p in paths if p.parent != folder / "train"})
+        places = {folder / split / name: label for label, name in enumerate(names)}
+        places = places or {folder / split: -1}
+        for p in paths:
+            if p.parent not in places:
+                raise InputError(f"{p} has no place: expected <class>/* with the classes of train/ "
+                                 "in both splits, or no folders in either")
+        items[split] = [(p, places[p.parent]) for p in paths]
     if len(items["train"]) < 2:
-        raise InputError(f"{folder}/train/ holds {len(items['train'])} images: expected "
-                         "train/<class>/* or train/*")
+        raise InputError(f"{folder}/train holds {len(items['train'])} images: expected <class>/*, "
+                         "or images without folders")
     return items
 
 
 def official(name, data_dir):
     """The items of a data set of OFFICIAL, downloaded if they do not lie in `data_dir`."""
-    data_dir.mkdir(parents=True, exist_ok=True)
     try:
-        return OFFICIAL[name][0](data_dir)
+        Path(data_dir).mkdir(parents=True, exist_ok=True)
+        return OFFICIAL[name][0](Path(data_dir))
     except Exception as error:                      # no network, a damaged archive, no scipy
         raise InputError(f"cannot read {name} ({first_line(error)}): put its official folder or "
                          f"archive, or {name}.npz, into {data_dir}/; README, \"Data\"") from error
@@ -398,17 +366,9 @@ def fetched(data_dir, folder, *archives):
 
 
 def from_torchvision(make, train, test, pairs, **options):
-    """A reader of one of torchvision's data sets: pairs(it) are its items."""
-    def read(data_dir):
-        return {"train": pairs(make(data_dir, **train, **options)),
-                "test": pairs(make(data_dir, **test, **options))}
-    return read
-
-
-def cifar(make):
-    """A reader of CIFAR-10 or CIFAR-100."""
-    return from_torchvision(make, {"train": True}, {"train": False},
-                            lambda d: list(zip(d.data, d.targets)), download=True)
+    """A reader of one of torchvision's data sets, of which pairs(it) are the items."""
+    return lambda data_dir: {"train": pairs(make(data_dir, **train, **options)),
+                             "test": pairs(make(data_dir, **test, **options))}
 
 
 def tinyimagenet(data_dir):
@@ -450,41 +410,28 @@ def dogs(data_dir):
             for split, m in lists.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# shapes: the embedded data set
-# ------------------------------------------------------------------------------------------------
-SHAPES = ("disc", "ring", "square", "frame", "triangle",
-          "cross", "star", "crescent", "hourglass", "dumbbell")
+# ---- shapes: the embedded data set -----------------------------------------------------------
+def wedge(x, y, n):
+    """The angle to the middle of the nearest of n equal wedges."""
+    return np.mod(np.arctan2(y, x), 2 * np.pi / n) - np.pi / n
 
 
-def shape_distance(kind, x, y):
-    """Signed distance (negative inside, in radii) at points x, y of one form of SHAPES."""
-    r, square = np.hypot(x, y), np.maximum(np.abs(x), np.abs(y))
-    if kind == "disc":
-        return r - 0.85
-    if kind == "ring":
-        return np.abs(r - 0.75) - 0.2
-    if kind == "square":
-        return square - 0.75
-    if kind == "frame":
-        return np.abs(square - 0.68) - 0.18
-    if kind == "triangle":
-        angle = np.mod(np.arctan2(y, x) - 0.0, 2 * np.pi / 3) - np.pi / 3
-        return r * np.cos(angle) - np.cos(np.pi / 3)
-    if kind == "cross":
-        x, y = np.abs(x), np.abs(y)
-        return np.minimum(np.maximum(x - 0.27, y - 0.95), np.maximum(x - 0.95, y - 0.27))
-    if kind == "star":
-        angle = np.abs(np.mod(np.arctan2(y, x), 2 * np.pi / 5) - np.pi / 5)      # pi/5: a tip
-        return r - (0.42 + 0.58 * (angle / (np.pi / 5)) ** 1.5)
-    if kind == "crescent":
-        return np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y))
-    if kind == "hourglass":
-        return np.maximum(np.abs(y) - 0.85, np.abs(x) - np.abs(y) * 0.9 - 0.08)
-    if kind == "dumbbell":
-        balls = np.hypot(np.abs(x) - 0.62, y) - 0.4
-        return np.minimum(balls, np.maximum(np.abs(x) - 0.6, np.abs(y) - 0.14))
-    raise ValueError(kind)
+# Name: signed distance, negative inside, in radii, at points x, y, which are r from the centre.
+SHAPES = {
+    "disc": lambda x, y, r: r - 0.85,
+    "ring": lambda x, y, r: np.abs(r - 0.75) - 0.2,
+    "square": lambda x, y, r: np.maximum(np.abs(x), np.abs(y)) - 0.75,
+    "frame": lambda x, y, r: np.abs(np.maximum(np.abs(x), np.abs(y)) - 0.68) - 0.18,
+    "triangle": lambda x, y, r: r * np.cos(wedge(x, y, 3)) - np.cos(np.pi / 3),
+    "cross": lambda x, y, r: np.minimum(np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.95),
+                                        np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.27)),
+    "star": lambda x, y, r: r - (0.42 + 0.58 * (np.abs(wedge(x, y, 5)) / (np.pi / 5)) ** 1.5),
+    "crescent": lambda x, y, r: np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y)),
+    "hourglass": lambda x, y, r: np.maximum(np.abs(y) - 0.85,
+                                            np.abs(x) - np.abs(y) * 0.9 - 0.08),
+    "dumbbell": lambda x, y, r: np.minimum(np.hypot(np.abs(x) - 0.62, y) - 0.4,
+                                           np.maximum(np.abs(x) - 0.6, np.abs(y) - 0.14)),
+}
 
 
 def texture(rng, n, grid):
@@ -502,8 +449,7 @@ def draw_shapes(n, size, rng):
     """(uint8 [n, size, size, 3], labels [n]): one of ten forms an image.
 
     Position, size, rotation, colours, textures, light and noise are random and independent of
-    the class, so that neither colour nor brightness nor any single pixel gives it away.
-    """
+    the class, so that neither colour nor brightness nor any single pixel gives it away."""
     labels = rng.permutation(np.arange(n) % len(SHAPES))
     grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="xy"))
     grid = grid.astype(np.float32)
@@ -514,8 +460,9 @@ def draw_shapes(n, size, rng):
     x = np.cos(angle) * dx + np.sin(angle) * dy
     y = np.cos(angle) * dy - np.sin(angle) * dx
     distance = np.empty((n, size, size), np.float32)
-    for k, kind in enumerate(SHAPES):
-        distance[labels == k] = shape_distance(kind, x[labels == k], y[labels == k])
+    for k, signed_distance in enumerate(SHAPES.values()):
+        points = x[labels == k], y[labels == k]
+        distance[labels == k] = signed_distance(*points, np.hypot(*points))
     cover = np.clip(0.5 - distance * radius, 0, 1)[..., None].astype(np.float32)  # antialiased
     # A random hue on each, their luma a set distance apart with either one the brighter.
     hues = rng.normal(0, 0.06, (2, n, 1, 1, 3))
@@ -534,35 +481,33 @@ def shapes(data_dir=None, train=4000, test=1000, size=32):
     return {"train": pairs[:train], "test": pairs[train:]}
 
 
-SPLITS = {"split": "train"}, {"split": "test"}
+IS_TRAIN, SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
+pictures, files = (lambda d: list(zip(d.data, d.targets)),
+                   lambda d: list(zip(d._image_files, d._labels)))
+
+
+
 # Name: a reader of its items in a data_dir, the side in pixels.
 OFFICIAL = {
-    "cifar10": (cifar(torchvision.datasets.CIFAR10), 32),
-    "cifar100": (cifar(torchvision.datasets.CIFAR100), 32),
+    "cifar10": (from_torchvision(datasets.CIFAR10, *IS_TRAIN, pictures, download=True), 32),
+    "cifar100": (from_torchvision(datasets.CIFAR100, *IS_TRAIN, pictures, download=True), 32),
     "tinyimagenet": (tinyimagenet, 64),
-    "aircraft": (from_torchvision(                             # 100 variants
-        torchvision.datasets.FGVCAircraft, {"split": "trainval"}, {"split": "test"},
-        lambda d: list(zip(d._image_files, d._labels)), download=True), 32),
+    "aircraft": (from_torchvision(datasets.FGVCAircraft, {"split": "trainval"}, SPLIT[1], files,
+                                  download=True), 32),                   # 100 variants
     "cub2011": (cub2011, 32),
     "dogs": (dogs, 32),
-    "flowers": (from_torchvision(torchvision.datasets.Flowers102, *SPLITS,
-                                 lambda d: list(zip(d._image_files, d._labels)),
-                                 download=True), 32),
-    "cars": (from_torchvision(torchvision.datasets.StanfordCars, *SPLITS,
-                              lambda d: d._samples), 32),      # its address is dead
+    "flowers": (from_torchvision(datasets.Flowers102, *SPLIT, files, download=True), 32),
+    "cars": (from_torchvision(datasets.StanfordCars, *SPLIT, lambda d: d._samples), 32),
     "shapes": (shapes, 32),
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# Augmentation: a batch at a time, with its own parameters for every image
-# ------------------------------------------------------------------------------------------------
+# ---- Augmentation: a batch at a time, with its own parameters for every image ----------------
 def random_crops(n, size, scale, rng):
     """Boxes of torchvision's RandomResizedCrop, (top, left, height, width), each [n].
 
     A box covers a share of the image drawn from `scale` at an aspect ratio from [3/4, 4/3],
-    uniform in the logarithm; the first of ten draws that fits, the whole image if none does.
-    """
+    uniform in the logarithm; the first of ten draws that fits, the whole image if none does."""
     area = torch.empty(n, 10, device=rng.device).uniform_(*scale, generator=rng) * size * size
     ratio = torch.empty(n, 10, device=rng.device)
     ratio = ratio.uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).exp()
@@ -581,8 +526,7 @@ def resized_crop(images, box, size, flip):
 
     images [B, C, H, W] float; box: top, left, height, width, each [B]. Interpolation is linear
     in each direction, so the whole batch is two batched products with matrices of hat functions.
-    Nothing from beyond a box bleeds in. Equal to torchvision's where that does not shrink.
-    """
+    Nothing from beyond a box bleeds in. Equal to torchvision's where that does not shrink."""
     def weights(start, length, pixels, mirror=None):
         out = (torch.arange(size, device=images.device) + 0.5) / size      # centres in (0, 1)
         out = out.expand(len(images), size)
@@ -645,8 +589,7 @@ def two_views(images, seed, scale=(0.08, 1.0), gray=0.2):
     """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1.
 
     images: uint8 [B, 3, H, H]. Returns two float tensors in [0, 1], not normalised. The rest as
-    in `draw_augmentations`. Raises ValueError on other images.
-    """
+    in `draw_augmentations`. Raises ValueError on other images."""
     n, channels, height, width = images.shape
     if images.dtype != torch.uint8 or channels != 3 or height != width:
         raise ValueError("two_views takes square uint8 images [B, 3, H, H], not "
@@ -662,8 +605,7 @@ def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), gray=0.2):
     Random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
     contrast, saturation (0.4) and hue (0.1, p 0.8), grey (p `gray`), as in the recipe of A.1.
     Every image has its own parameters, which `seed` fixes; only the order of the jitters is
-    drawn once a view. The functions are differentiable and the same at every call.
-    """
+    drawn once a view. The functions are differentiable and the same at every call."""
     rng, orders = torch.Generator(device).manual_seed(seed), random.Random(seed)
     return tuple(draw_augmentation(n, size, rng, orders.sample(range(4), 4), scale, gray)
                  for _ in range(2))

@@ -2,17 +2,9 @@
 
     python eval.py --run-dir runs/cifar10/2pct_high_loss                  its set and baselines
     python eval.py --run-dir ... --sets random mkdt subset:sas.pkl --tasks all --paired
-    python eval.py --table 1                                              the paper's Table 1
 
-    pretrain        Eq. 9: an encoder from images and representations
-    linear_probe    the classifier of Eq. 3, by full-batch LBFGS
-    finetune        the protocol of Lee et al. (2023): Table 10
-    krr_st, dm      rivals (Lee et al. 2023; Zhao & Bilen 2023, without labels)
-    evaluate        the cells of a table that results.csv lacks
-
-A seed fixes the encoder's initial weights, the order of its batches and which images are
-labelled, each in a stream of its own and the same for every set: differences are paired.
-"""
+A seed fixes the encoder's initial weights, the order of its batches and which images are labelled,
+each in a stream of its own and the same for every set: differences are paired."""
 import argparse
 import collections
 import contextlib
@@ -21,13 +13,11 @@ import csv
 import functools
 import io
 import itertools
-import json
 import math
 import pickle
 import re
 import sys
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
@@ -35,59 +25,42 @@ import torch.nn.functional as F
 
 from data import (Checkpoint, Log, denormalize, draw_augmentations, follow, load, load_dataset,
                   normalize, read_json, save, save_text, shift_and_flip, two_views)
-from models import (OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build, compiled,
-                    encoder, first_line, rank_0_first, resnet18, start, stream, train)
+from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
+                    compiled, encoder, first_line, one_line_errors, rank_0_first, start, stream,
+                    train)
 
 # What to pre-train on. Each may end in a rate: random@0.3, or random@mkdt, the learned one.
 SETS = {
     "none": "no pre-training",
     "random": "as many real images as the distilled set has, redrawn for every seed",
     "random:ssl": "those by the teacher's self-supervised loss, 1000 epochs; random:ssl:80: 80",
-    "subset:FILE": "training images by index, as SAS's: .pkl, .pt, .npy, .json, .txt",
+    "subset:FILE": "training images by index, as SAS's: .pkl, .npy or .txt",
     "high_loss": "as many, those of the highest loss (section 4.2)",
     "initial": "the images that distillation began with",
     "krr_st": "distilled here by KRR-ST, 160000 iterations; krr_st:1000: 1000",
     "dm": "distilled here by DM without labels, 20000 iterations; dm:500: 500",
-    "distilled:PATH": "a distilled set of this project, the authors' code or KRR-ST's: a network's "
-                      "input, used as it is",
+    "distilled:PATH": "a set of this project, the authors' code or KRR-ST, used as it is",
     "raw:PATH": "such a set in pixels from 0 to 1, which are normalised first",
     "mkdt": "the run's distilled set",
     "full": "all training images",
 }
-DEFAULT_SETS = ["none", "random", "random@mkdt", "high_loss", "high_loss@mkdt", "initial",
-                "initial@mkdt", "mkdt", "full"]
-METHODS = {"none": "No Pre-Training", "random": "Random Subset", "ssl": "Random Subset (SSL)",
-           "sas": "SAS Subset", "subset": "Subset", "high_loss": "High Loss Subset",
-           "initial": "Initial Images", "krr_st": "KRR-ST", "dm": "DM (no labels)",
-           "distilled": "Distilled", "raw": "Distilled (raw)", "mkdt_random": "MKDT (Rnd Sub)",
-           "mkdt": "MKDT", "mtt_ssl": "MTT-SSL", "mtt": "MTT", "full": "Full Data"}
-TASKS = ["cifar10", "tinyimagenet", "cifar100", "aircraft", "cub2011", "dogs", "flowers"]
-CHUNK = 250                                          # images that are encoded at once
+DEFAULT_SETS = ("none random random@mkdt high_loss high_loss@mkdt initial initial@mkdt mkdt "
+                "full").split()
+METHODS = {"none": "No Pre-Training", "random": "Random Subset", "high_loss": "High Loss Subset",
+           "random:ssl": "Random Subset (SSL)", "krr_st": "KRR-ST", "mkdt": "MKDT",
+           "initial": "Initial Images", "dm": "DM (no labels)", "full": "Full Data"}
+TASKS = "cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers".split()      # of Table 1
 
 
-# ------------------------------------------------------------------------------------------------
-# Pre-training (Eq. 9) and features
-# ------------------------------------------------------------------------------------------------
-class Examples(NamedTuple):
-    """What a student learns from: n images, images(batch) normalised, and targets(batch, draw),
-    the y of OBJECTIVES; `draw` names the stream of what is random in it."""
-    n: int
-    images: Callable
-    targets: Callable
+# ---- Pre-training (Eq. 9) and features ---------------------------------------------------------
+def pretrain(encoder, loss, n, examples, lr, s, seed):
+    """Trains `encoder` by loss(x, y) on n examples (Eq. 9); yields as `train`.
 
-
-def pretrain(encoder, loss, examples, lr, s, seed):
-    """Trains `encoder` by loss(x, y) on `examples` (Eq. 9); yields as `train`.
-
-    SGD with momentum 0.9, constant rate, the short last batch kept; `seed` fixes the order.
-    """
+    SGD with momentum 0.9, a constant rate, the short last batch kept; `seed` fixes the order."""
     optimizer = torch.optim.SGD(encoder.parameters(), lr, 0.9, weight_decay=s.pretrain_decay)
-
-    def of(batch, step):
-        draw = seed, "pretrain views", step
-        return loss(examples.images(batch), examples.targets(batch, draw))
-    return train(of, optimizer, batches(examples.n, s.pretrain_batch, s.pretrain_epochs, seed,
-                                        "pretrain order"))
+    order = batches(n, s.pretrain_batch, s.pretrain_epochs, seed, "pretrain order")
+    return train(lambda batch, step: loss(*examples(batch, (seed, "pretrain views", step))),
+                 optimizer, order)
 
 
 def pretrain_ssl(encoder, images, data, epochs, s, seed):
@@ -107,8 +80,46 @@ def pretrain_ssl(encoder, images, data, epochs, s, seed):
     return train(loss, optimizer, (o for o in order if len(o[1]) > 1))      # batch norm needs two
 
 
+def examples_of(s, data, images, rows):
+    """examples(batch, draw) -> normalised x, and y of OBJECTIVES (see `targets_of`), for images
+    [n, 3, H, W] that are normalised or uint8."""
+    targets = targets_of(s, data, rows)
+
+    def examples(batch, draw):
+        x = images[batch]
+        return data.normalize(x) if x.dtype == torch.uint8 else x, targets(batch, draw)
+    return examples
+
+
+def targets_of(s, data, rows):
+    """targets(batch, draw): y of OBJECTIVES for the images `batch`, whose representations or
+    labels are `rows`; without rows, two augmentations, drawn from stream(*draw)."""
+    def views(batch, draw):
+        return views_of(s, data, len(batch), draw)
+    return views if rows is None else lambda batch, draw: rows[batch]
+
+
+def views_of(s, data, n, draw):
+    """Two augmentations, as functions of n normalised images of `data`."""
+    pair = draw_augmentations(n, data.image_size, stream(*draw).initial_seed(),
+                              data.train_images.device, (s.crop_scale, 1.0), s.gray)
+    return tuple(lambda x, view=view: normalize(view(denormalize(x, data.mean, data.std)),
+                                                data.mean, data.std) for view in pair)
+
+
+def read_targets(s, data, run_dir):
+    """(Z_T [n, d], labels [n] or None, by --objective; the dimension of a student's output)."""
+    kind = OBJECTIVES[s.objective][1]
+    if kind == "representations":
+        z = load(Path(run_dir, "representations.pt")).to(s.device)
+        return z, z.shape[1]
+    if kind == "labels" and int(data.train_labels.min()) < 0:
+        raise InputError(f"--objective {s.objective}: {data.name} has images without a label")
+    return (data.train_labels, data.classes) if kind == "labels" else (None, 128)
+
+
 @torch.no_grad()
-def encode(f, images, prepare, chunk=CHUNK):
+def encode(f, images, prepare, chunk=250):
     """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
     return torch.cat([f(prepare(part)).float() for part in images.split(chunk)]
                      or [torch.empty(0, 1)])
@@ -128,15 +139,12 @@ def highest(losses, count):
     return losses.cpu().sort(descending=True, stable=True).indices[:count]
 
 
-# ------------------------------------------------------------------------------------------------
-# Judging an encoder: linear probe (Eq. 3), fine-tuning (Table 10), nearest neighbours
-# ------------------------------------------------------------------------------------------------
+# ---- Judging an encoder: linear probe (Eq. 3), fine-tuning (Table 10), nearest neighbours --------
 def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
     """A linear classifier by full-batch LBFGS: cross-entropy + weight * sum(W^2), the bias free.
 
-    features [n, d], labels int64 [n]. From zero; a line search keeps it from diverging.
-    Returns W [classes, d], b [classes]. Raises ValueError on features that are not finite.
-    """
+    features [n, d], labels int64 [n]. From zero; a line search keeps it from diverging. Returns W
+    [classes, d], b [classes]. Raises ValueError on features that are not finite."""
     if not features.isfinite().all():
         raise ValueError("the features are not finite")
     W, b = features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
@@ -154,21 +162,36 @@ def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
     return W.detach(), b.detach()
 
 
+def linear_scores(net, task, percents, s, seed):
+    """Yields (share of labels, accuracy of a linear probe on it, the encoder's output on the test
+    images, or None where they have another size). Each image is encoded once."""
+    drawn = [labelled_subset(len(task.train_images), percent, seed) for percent in percents]
+    needed = torch.cat([*drawn, torch.empty(0, dtype=torch.int64)]).unique()          # sorted
+    test = encode(net.features, task.test_images, task.normalize)
+    features = encode(net.features, task.train_images[needed], task.normalize)
+    z = net.head(test).detach() if test.shape[1] == net.head.in_features else None
+    for percent, chosen in zip(percents, drawn):
+        labels = task.train_labels[chosen]
+        if (labels == labels[0]).all():
+            raise ValueError(f"the {len(labels)} labelled images of {percent:g}% are of one class")
+        W, b = linear_probe(features[torch.searchsorted(needed, chosen)], labels, task.classes)
+        yield percent, accuracy(test @ W.T + b, task.test_labels), z
+
+
 def finetune(encoder, task, chosen, s, seed):
     """A copy of `encoder` with a linear layer, trained as a whole on the images `chosen` of a
     labelled Dataset, as Lee et al. (2023) do; it maps images to logits.
 
-    SGD at s.finetune_lr with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of
-    256; images are shifted by up to four pixels and mirrored, then normalised.
-    """
+    SGD at s.finetune_lr with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of 256;
+    images are shifted by up to four pixels and mirrored, then normalised."""
     encoder, images = copy.deepcopy(encoder), task.train_images[chosen]
     d = encode(encoder.features, images[:1], task.normalize).shape[1]
     head = build(lambda: torch.nn.Linear(d, task.classes), seed, "fine-tuning head")
     encoder.head = torch.nn.Identity()
     network = torch.nn.Sequential(encoder, head.to(images.device)).train()
     optimizer = torch.optim.SGD(network.parameters(), s.finetune_lr, 0.9, weight_decay=5e-4)
-    steps = s.finetune_iterations or (
-        10_000 if task.name in ("cifar10", "cifar100", "tinyimagenet") else 5_000)
+    large = task.name in ("cifar10", "cifar100", "tinyimagenet")
+    steps = s.finetune_iterations or (10_000 if large else 5_000)
 
     def loss(batch, step):
         draw = stream(seed, "fine-tuning views", step).initial_seed()
@@ -178,8 +201,16 @@ def finetune(encoder, task, chosen, s, seed):
     def cosine(step):
         return s.finetune_lr * 0.5 * (1 + math.cos(math.pi * step / steps))
     order = batches(len(images), 256, steps, seed, "fine-tuning order")
-    collections.deque(train(loss, optimizer, itertools.islice(order, steps), cosine), maxlen=0)
+    exhaust(train(loss, optimizer, itertools.islice(order, steps), cosine))
     return network.eval()
+
+
+def finetuned_scores(net, task, percents, s, seed):
+    """Yields (share of labels, accuracy after fine-tuning on it, None)."""
+    for percent in percents:
+        chosen = labelled_subset(len(task.train_images), percent, seed)
+        logits = encode(finetune(net, task, chosen, s, seed), task.test_images, task.normalize)
+        yield percent, accuracy(logits, task.test_labels), None
 
 
 def accuracy(logits, labels):
@@ -188,8 +219,7 @@ def accuracy(logits, labels):
 
 
 def labelled_subset(n, percent, seed):
-    """Indices of the labelled images: that share of n, drawn uniformly, sorted. InputError where
-    there are none."""
+    """Indices of the labelled images: that share of n, drawn uniformly, sorted."""
     count = math.floor(n * percent / 100 + 1e-9)
     if not 1 <= count <= n:
         raise InputError(f"--labels {percent:g}% of {n} training images is {count} images")
@@ -208,15 +238,17 @@ def knn_accuracy(z, labels, z_test, test_labels, k=200, temperature=0.5):
     return 100 * correct / len(test_labels)
 
 
-# ------------------------------------------------------------------------------------------------
-# Rivals: KRR-ST, and DM without labels (appendix F)
-# ------------------------------------------------------------------------------------------------
+def exhaust(loop):
+    """Runs a loop to its end."""
+    collections.deque(loop, maxlen=0)
+
+
+# ---- Rivals: KRR-ST, and DM without labels (appendix F) ------------------------------------------
 def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
     """MSE of kernel ridge regression from the synthetic set to real images (Lee et al. 2023).
 
-    Features f_syn [n, p], f_real [B, p], targets y_syn [n, d], y_real [B, d]. The kernel is
-    linear in the features and a constant; the ridge is relative to the kernel's trace.
-    """
+    Features f_syn [n, p], f_real [B, p], targets y_syn [n, d], y_real [B, d]. The kernel is linear
+    in the features and a constant; the ridge is relative to the kernel's trace."""
     f_syn, f_real = (torch.cat([f, torch.ones_like(f[:, :1])], dim=1) for f in (f_syn, f_real))
     kernel = f_syn @ f_syn.T                                                       # [n, n]
     penalty = ridge * kernel.trace().detach() * torch.eye(len(kernel), device=kernel.device)
@@ -224,8 +256,8 @@ def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
 
 
 def krr_state(make, images, targets, iterations, seed, models=10):
-    """What `krr_st` changes: the set, a pool of encoders by make() and their ages, from 1 to
-    1,000 steps, and the optimisers of both."""
+    """What `krr_st` changes: the set, a pool of encoders by make() and their ages, from 1 to 1,000
+    steps, and the optimisers of both."""
     images, targets = (x.clone().requires_grad_() for x in (images, targets))
     pool = torch.nn.ModuleList(build(make, seed, "krr_st", k, 0) for k in range(models))
     online, rng = min(1000, iterations), stream(seed, "krr_st", "ages")
@@ -237,11 +269,10 @@ def krr_state(make, images, targets, iterations, seed, models=10):
 
 def krr_st(state, make, real, iterations, lr, seed, first=0):
     """KRR-ST (Lee et al. 2023): moves images and targets of `state` to lower `krr_loss` of real
-    images under one of its encoders, which then takes a step on the set itself by MSE, and
-    begins anew at the age of 1,000. Adam, its rate falling linearly from `lr`.
+    images under one of its encoders, which then takes a step on the set itself by MSE, and begins
+    anew at the age of 1,000. Adam, its rate falling linearly from `lr`.
 
-    real(draw, rng) -> augmented real images, their targets. Yields as `train`.
-    """
+    real(draw, rng) -> augmented real images, their targets. Yields as `train`."""
     images, targets, pool, online = state.images, state.targets, state.pool, min(1000, iterations)
 
     def learn(k):
@@ -259,7 +290,7 @@ def krr_st(state, make, real, iterations, lr, seed, first=0):
             f_real = pool[k].features(x)
         loss = krr_loss(pool[k].features(images), targets, f_real, y)
         images.grad, targets.grad = torch.autograd.grad(loss, (images, targets))
-        state.outer.param_groups[0]["lr"] = lr * max(1e-3, 1 - step / iterations)
+        state.outer.param_groups[0]["lr"] = lr * (1 - step / iterations)
         state.outer.step()
         if state.age[k] < online:
             learn(k)
@@ -275,21 +306,20 @@ def krr_st(state, make, real, iterations, lr, seed, first=0):
 def dm(syn, make, data, views, groups, iterations, seed, first=0):
     """DM (Zhao & Bilen 2023) without labels (appendix F): moves `syn.images` [n, 3, H, W].
 
-    Every iteration takes a fresh encoder of make(), and draws the mean features of each of as
-    many `groups` of images as there would be classes to those of 256 real images under the same
-    augmentation, views(n, draw); the losses are summed. SGD at rate 1, momentum 0.5.
-    """
-    parts = [part for part in torch.arange(len(syn.images)).chunk(groups)]
+    Every iteration takes a fresh encoder of make(), and draws the mean features of each of as many
+    `groups` of images as there would be classes to those of 256 real images, both augmented by
+    views(n, draw); the losses are summed. SGD at rate 1, momentum 0.5. Yields as `train`."""
+    parts = torch.arange(len(syn.images)).chunk(groups)
     for step in range(first, iterations):
         rng = stream(seed, "dm", "step", step)
-        features = build(make, seed, "dm", step).to(syn.images.device).requires_grad_(False).features
+        net = build(make, seed, "dm", step).to(syn.images.device).requires_grad_(False)
         images, total = syn.images.detach().requires_grad_(), 0.0
         for g, part in enumerate(parts):
             batch = torch.randint(len(data.train_images), (256,), generator=rng)
-            augment, _ = views(256, (seed, "dm", "views", step, g))
-            ours, _ = views(len(part), (seed, "dm", "views", step, g))
-            theirs = features(augment(data.normalize(data.train_images[batch]))).mean(dim=0)
-            loss = (features(ours(images[part])).mean(dim=0) - theirs).square().sum()
+            (augment, _), (ours, _) = (views(n, (seed, "dm", "views", step, g))
+                                       for n in (256, len(part)))
+            mean = net.features(augment(data.normalize(data.train_images[batch]))).mean(dim=0)
+            loss = (net.features(ours(images[part])).mean(dim=0) - mean).square().sum()
             loss.backward()
             total += loss.detach()
         syn.velocity.mul_(0.5).add_(images.grad)
@@ -297,266 +327,191 @@ def dm(syn, make, data, views, groups, iterations, seed, first=0):
         yield step + 1, {"loss": total}
 
 
-# ------------------------------------------------------------------------------------------------
-# The sets to pre-train on
-# ------------------------------------------------------------------------------------------------
-def read_targets(s, data, run_dir):
-    """(Z_T [n, d], labels [n] or None, by --objective; the dimension of a student's output)."""
-    kind = OBJECTIVES[s.objective][1]
-    if kind == "representations":
-        z = load(Path(run_dir, "representations.pt")).to(s.device)
-        return z, z.shape[1]
-    if kind == "labels" and int(data.train_labels.min()) < 0:
-        raise InputError(f"--objective {s.objective}: {data.name} has images without a label")
-    return (data.train_labels, data.classes) if kind == "labels" else (None, 128)
+def distil_krr_st(r, chosen, iterations, checkpoint):
+    """KRR-ST's (images, targets). Real images are cropped and mirrored, and their targets are the
+    teacher's of what comes out; the fixed representations where there is no teacher."""
+    f_T, real = read_teacher(r), r.data.train_images
+    if f_T is None:
+        print("krr_st: no teacher.pt: the targets of augmented images are those of the originals")
+
+    def draw(name, rng):
+        batch = torch.randint(len(real), (1024,), generator=rng)
+        x = shift_and_flip(real[batch].float() / 255, stream(*name).initial_seed())
+        x = r.data.normalize(x)
+        return x, r.rows[batch] if f_T is None else encode(f_T.features, x, lambda x: x)
+    state = krr_state(r.make, r.data.normalize(real[chosen]), r.rows[chosen], iterations, 0)
+    checkpoint = Checkpoint(checkpoint, 5, **vars(state))
+    lr = 1e-5 if r.data.name == "tinyimagenet" else 1e-4
+    loop = krr_st(state, r.make, draw, iterations, lr, 0, checkpoint.restore())
+    exhaust(follow("krr_st", loop, iterations, r.log, checkpoint))
+    return state.images, state.targets
 
 
-def targets_of(s, data, rows):
-    """targets(batch, draw): y of OBJECTIVES for images `batch`, of which `rows` are all Z or
-    labels; without rows, two augmentations of normalised images, drawn from stream(*draw)."""
-    if rows is not None:
-        return lambda batch, draw: rows[batch]
-    augmentations = views_of(s, data)
-    return lambda batch, draw: augmentations(len(batch), draw)
+def distil_dm(r, chosen, iterations, checkpoint):
+    """DM's images, and the teacher's representations of them."""
+    f_T, images = read_teacher(r), r.data.normalize(r.data.train_images[chosen])
+    if f_T is None:
+        raise InputError("dm needs teacher.pt, which runs with --representations do not have")
+    syn = argparse.Namespace(images=images, velocity=torch.zeros_like(images))
+    checkpoint = Checkpoint(checkpoint, 5, **vars(syn))
+    views, groups = functools.partial(views_of, r.s, r.data), r.s.dm_groups or r.data.classes
+    loop = dm(syn, r.make, r.data, views, max(1, groups), iterations, 0, checkpoint.restore())
+    exhaust(follow("dm", loop, iterations, r.log, checkpoint))
+    return syn.images, encode(f_T.features, syn.images, lambda x: x)
 
 
-def views_of(s, data):
-    """views(n, draw): two augmentations, as functions of n normalised images of `data`."""
-    def views(n, draw):
-        pair = draw_augmentations(n, data.image_size, stream(*draw).initial_seed(),
-                                  data.train_images.device, (s.crop_scale, 1.0), s.gray)
-        return tuple(lambda x, view=view: normalize(
-            view(denormalize(x, data.mean, data.std)), data.mean, data.std) for view in pair)
-    return views
+RIVALS = {"krr_st": (distil_krr_st, 160_000), "dm": (distil_dm, 20_000)}
 
 
+def read_teacher(r):
+    """The teacher of a run in eval mode; None if it was made with --representations."""
+    if not (r.dir.parent / "teacher.pt").exists():
+        return None
+    f_T = ENCODERS["resnet18"](None, r.data.image_size, r.s.teacher_width, bool(r.s.max_pool))
+    f_T.load_state_dict(load(r.dir.parent / "teacher.pt"))
+    return f_T.to(r.s.device).eval()
+
+
+# ---- The sets to pre-train on --------------------------------------------------------------------
 def parse_set(name):
     """(kind, argument, rate) of a set's name: ("subset", "sas.pkl", "0.3") for
-    subset:sas.pkl@0.3. InputError if there is no such set."""
+    subset:sas.pkl@0.3. Raises InputError if there is no such set."""
     stem, rate = re.fullmatch(r"(.*?)(?:@(mkdt|[\d.e-]+))?", name).groups()
     kind, _, argument = stem.partition(":")
-    fits = {"random": not argument or re.fullmatch(r"ssl(:[1-9]\d*)?", argument),
-            **{k: argument for k in ("subset", "distilled", "raw")},
-            **{k: re.fullmatch(r"[1-9]\d*|", argument) for k in ("krr_st", "dm")}}
-    if kind not in {known.partition(":")[0] for known in SETS} or not fits.get(kind, not argument):
+    allowed = {"random": r"|ssl(:[1-9]\d*)?", "krr_st": r"|[1-9]\d*", "dm": r"|[1-9]\d*",
+               "subset": ".+", "distilled": ".+", "raw": ".+"}.get(kind, "")
+    if kind not in [known.partition(":")[0] for known in SETS] or not re.fullmatch(
+            allowed, argument):
         raise InputError(f"unknown set {name!r}: choose from {', '.join(SETS)}, with a rate as in "
                          "random@0.3 or random@mkdt, the learned one")
     return kind, argument, rate
 
 
-class Chosen(NamedTuple):
-    """A set: images normalised [n, 3, H, W] or uint8, targets or None, the rate, and the epochs
-    of random:ssl."""
-    images: torch.Tensor
-    targets: torch.Tensor | None
-    lr: float
-    ssl_epochs: int = 0
-
-
-def pretraining_set(name, seed, r):
-    """What the set called `name` is for `seed` in the run `r`; None: no pre-training."""
+def pretraining_set(r, name, seed):
+    """(images, normalised or uint8 [n, 3, H, W], targets or None, rate) of the set called `name`
+    for `seed` in the run `r`; (None, None, "") for no pre-training."""
     kind, argument, rate = parse_set(name)
-    real, n, lr, epochs = r.data.train_images, len(r.data.train_images), r.s.pretrain_lr, 0
+    real, n, lr = r.data.train_images, len(r.data.train_images), None
     if kind == "none":
-        return None
-    if kind in ("mkdt", "initial"):
-        of = r.distilled if kind == "mkdt" else r.init
-        images, y, lr = of["images"], of.get("targets"), of.get("lr", lr)
-    elif kind in ("distilled", "raw", "krr_st", "dm"):
-        images, y, own = r.own[kind, argument]
-        lr = own or lr
-    elif kind == "full":
-        images, y = real, r.rows
+        return None, None, ""
+    if (kind, argument) in r.made:
+        images, y, lr = r.made[kind, argument]
+    elif kind == "high_loss" and r.losses is None:
+        raise InputError("high_loss needs a teacher, which a run by its representations has")
     else:
-        count = len(r.distilled["images"])
-        chosen = {"random": lambda: torch.randperm(n, generator=stream(seed, "random subset")),
-                  "high_loss": lambda: highest(high_losses(r), count),
-                  "subset": lambda: read_indices(argument, n)}[kind]()
-        chosen = chosen[:count] if kind == "random" else chosen
+        count = len(r.made["mkdt", ""][0])
+        chosen = {"random": lambda: torch.randperm(
+                      n, generator=stream(seed, "random subset"))[:count],
+                  "high_loss": lambda: highest(r.losses, count),
+                  "subset": lambda: read_indices(argument, n),
+                  "full": lambda: torch.arange(n)}[kind]()
         images, y = real[chosen], None if r.rows is None else r.rows[chosen]
-    if argument.startswith("ssl"):
-        y, lr, epochs = None, 1e-3, int(argument[4:] or 1000)
-    if rate:
-        lr = r.distilled["lr"] if rate == "mkdt" else float(rate)
-    return Chosen(images.to(real.device), None if y is None else y.to(real.device), lr, epochs)
-
-
-def high_losses(r):
-    """Section 4.2's loss of each training image of a run."""
-    if "losses" not in r.init:
-        raise InputError("high_loss needs a teacher, which runs by its representations have")
-    return r.init["losses"]
+    lr = 1e-3 if kind == "random" and argument else lr or r.s.pretrain_lr
+    lr = r.made["mkdt", ""][2] if rate == "mkdt" else float(rate or lr)
+    return images.to(real.device), None if y is None else y.to(real.device), lr
 
 
 class IndexUnpickler(pickle.Unpickler):
     """Unpickles lists, dicts, numbers and numpy arrays, and refuses everything else."""
 
     def find_class(self, module, name):
-        if (module.split(".")[0], name) not in {("numpy", "ndarray"), ("numpy", "dtype"),
-                                                ("numpy", "_reconstruct"), ("numpy", "scalar"),
-                                                ("numpy", "_frombuffer"), ("_codecs", "encode")}:
+        if (module.split(".")[0], name) not in {
+                *itertools.product(["numpy"], ["ndarray", "dtype", "scalar", "_reconstruct",
+                                               "_frombuffer"]), ("_codecs", "encode")}:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
 def read_indices(path, n):
-    """Distinct indices of 0..n-1 in a file: a list, an array, or a dict with "indices"."""
-    def unpickle(path):
-        with open(path, "rb") as file:
-            return IndexUnpickler(file).load()
-
-    readers = {".pkl": unpickle, ".pt": load, ".npy": np.load,
-               ".json": lambda path: json.loads(Path(path).read_text()),
-               ".txt": lambda path: Path(path).read_text().replace(",", " ").split()}
+    """Distinct indices of 0..n-1 in a .pkl, .npy or .txt: a list, array, or dict of "indices"."""
     try:
-        found = readers[Path(path).suffix](path)
+        with open(path, "rb") as file:
+            found = IndexUnpickler(file).load() if path.endswith(".pkl") else \
+                np.load(file) if path.endswith(".npy") else file.read().split()
         found = found["indices"] if isinstance(found, dict) else found
-        indices = torch.from_numpy(np.array(found).reshape(-1).astype(np.int64))
-        if (np.array(found, float).reshape(-1) != indices.numpy()).any():
-            raise ValueError("not whole numbers")
-        if not len(indices) or indices.min() < 0 or indices.max() >= n:
-            raise ValueError(f"{len(indices)} indices, not all of them from 0 to {n - 1}")
-        if len(indices.unique()) < len(indices):
-            raise ValueError("an index occurs twice")
-    except Exception as error:                # no file, no such suffix, a damaged or hostile one
-        raise InputError(f"subset:{path} is not a list of indices in one of {', '.join(readers)} "
-                         f"({type(error).__name__}: {first_line(error)})") from error
+        numbers = torch.from_numpy(np.array(found, float).reshape(-1))
+        indices = numbers.long()
+        if not torch.equal(indices.double(), numbers) or not len(indices) or not (
+                0 <= indices.min() <= indices.max() < n) or len(indices.unique()) < len(indices):
+            raise ValueError(f"expected distinct whole numbers from 0 to {n - 1}")
+    except Exception as error:                 # no file, a damaged pickle, a hostile one
+        raise InputError(f"subset:{path} is not a list of indices ({first_line(error)})") from error
     return indices
 
 
 def read_distilled(path):
     """(images [n, 3, H, W], targets [n, d] or labels [n], rate or None) of a distilled set.
 
-    path: a distilled.pt or a snapshot of this project; images_S.pt with labels_S.pt and
-    synlr_S.pt beside it, as the authors' code leaves them; x_syn*.pt with y_syn*.pt, KRR-ST's;
-    or a folder with such files, of which the latest is taken.
-    """
+    path: a distilled.pt or a snapshot of this project; images_S.pt with labels_S.pt and synlr_S.pt
+    beside it, as the authors' code leaves them; KRR-ST's x_syn*.pt with y_syn*.pt."""
     path = Path(path)
-    if path.is_dir():
-        patterns = "distilled.pt", "distilled_*.pt", "images_*.pt", "x_syn*.pt"
-        found = [sorted(path.glob(pattern), key=lambda p: (len(p.name), p.name))
-                 for pattern in patterns]
-        if not any(found):
-            raise InputError(f"distilled:{path} holds none of {', '.join(patterns)}")
-        path = next(files for files in found if files)[-1]
     images, lr = load(path), None
     if isinstance(images, dict):
-        images, y, lr = images.get("images"), images.get("targets"), images.get("lr")
+        images, y, lr = (images.get(k) for k in ("images", "targets", "lr"))
     else:
-        names = [path.name.replace("images_", "labels_").replace("x_syn", "y_syn"), "y_syn.pt"]
-        y = load(next((p for p in map(path.with_name, names) if p.exists()),
-                      path.with_name(names[0])))
+        own = path.with_name(path.name.replace("images_", "labels_").replace("x_syn", "y_syn"))
+        y = load(own if own.exists() else path.with_name("y_syn.pt"))
         rate = path.with_name(path.name.replace("images_", "synlr_"))
-        lr = float(torch.as_tensor(load(rate)).mean()) if rate != path and rate.exists() else None
-    for what, x, dims in (("images", images, (4,)), ("targets", y, (1, 2))):
+        if rate != path and rate.exists():
+            lr = float(torch.as_tensor(load(rate)).mean())
+    for x, dims in ((images, (4,)), (y, (1, 2))):
         if not torch.is_tensor(x) or x.dim() not in dims or len(x) != len(images) or \
                 not x.isfinite().all():
-            raise InputError(f"distilled:{path}: its {what} must be finite, a row for each image: "
-                             f"[n, 3, H, H] and [n, d], or [n] labels")
-    return images.detach().float(), y.detach() if y.dtype == torch.int64 else y.detach().float(), lr
+            raise InputError(f"{path}: expected finite images [n, 3, H, H] and targets [n, d], or "
+                             "labels [n]")
+    return images.detach().float(), y.detach() if y.dim() == 1 else y.detach().float(), lr
 
 
-def read_own(r, name):
-    """(images, targets, rate) of a set that is read from files, or distilled here by a rival."""
+def read_made(r, name):
+    """(images, targets, rate) of a set that lies in files, or is distilled here by a rival."""
     kind, argument, _ = parse_set(name)
     if kind in ("distilled", "raw"):
         images, y, lr = read_distilled(argument)
-        return (r.data.normalize(images) if kind == "raw" else images), y, lr
-    iterations = int(argument or {"krr_st": 160_000, "dm": 20_000}[kind])
-    path = r.dir / f"{kind}_{iterations}.pt"
+        return r.data.normalize(images) if kind == "raw" else images, y, lr
+    distil, default = RIVALS[kind]
+    path = r.dir / f"{kind}_{argument or default}.pt"
     with rank_0_first():
         if not path.exists():
-            images, y = {"krr_st": distil_krr_st, "dm": distil_dm}[kind](r, iterations, path)
+            if OBJECTIVES[r.s.objective][1] != "representations":
+                raise InputError(f"{kind} needs representations, which this run has not")
+            chosen = torch.randperm(len(r.rows), generator=stream(0, kind, "images"))
+            chosen = chosen[:len(r.made["mkdt", ""][0])]
+            images, y = distil(r, chosen, int(argument or default), f"{path}.checkpoint")
             save(path, {"images": images.detach().cpu(), "targets": y.detach().cpu()})
         return read_distilled(path)
 
 
-def rival_start(r, kind):
-    """(normalised images, their indices, an encoder's maker): what a rival begins with."""
-    n, count = len(r.data.train_images), len(r.distilled["images"])
-    if OBJECTIVES[r.s.objective][1] != "representations":
-        raise InputError(f"{kind} needs the teacher's representations, which this run has not")
-    chosen = torch.randperm(n, generator=stream(0, kind, "images"))[:count]
-    make = functools.partial(encoder, r.student, r.d, r.data.image_size)
-    return r.data.normalize(r.data.train_images[chosen]), chosen, make
-
-
-def distil_krr_st(r, iterations, path):
-    """KRR-ST's (images, targets). Real images are cropped and mirrored, and their targets are the
-    teacher's of what comes out; where there is no teacher, the fixed representations."""
-    images, chosen, make = rival_start(r, "krr_st")
-    f_T, real = read_teacher(r), r.data.train_images
-
-    def draw(name, rng):
-        batch = torch.randint(len(real), (1024,), generator=rng)
-        seed = stream(*name).initial_seed()
-        x = r.data.normalize(shift_and_flip(real[batch].float() / 255, seed))
-        return x, r.rows[batch] if f_T is None else encode(f_T.features, x, lambda x: x)
-    if f_T is None:
-        print("krr_st: no teacher.pt: targets are the representations of images as they are")
-    state = krr_state(make, images, r.rows[chosen], iterations, 0)
-    checkpoint = Checkpoint(f"{path}.checkpoint", 5, **vars(state))
-    lr = 1e-5 if r.data.name == "tinyimagenet" else 1e-4
-    loop = krr_st(state, make, draw, iterations, lr, 0, checkpoint.restore())
-    collections.deque(follow("krr_st", loop, iterations, r.log, checkpoint), maxlen=0)
-    return state.images, state.targets
-
-
-def distil_dm(r, iterations, path):
-    """DM's images, and the teacher's representations of them."""
-    images, _, make = rival_start(r, "dm")
-    f_T = read_teacher(r)
-    if f_T is None:
-        raise InputError("dm needs teacher.pt, which runs with --representations do not have")
-    syn = argparse.Namespace(images=images, velocity=torch.zeros_like(images))
-    checkpoint = Checkpoint(f"{path}.checkpoint", 5, **vars(syn))
-    groups = r.s.dm_groups or max(1, r.data.classes)
-    loop = dm(syn, make, r.data, views_of(r.s, r.data), groups, iterations, 0,
-              checkpoint.restore())
-    collections.deque(follow("dm", loop, iterations, r.log, checkpoint), maxlen=0)
-    return syn.images, encode(f_T.features, syn.images, lambda x: x)
-
-
-def read_teacher(r):
-    """The teacher of a run in eval mode; None if it was made with --representations."""
-    path = r.dir.parent / "teacher.pt"
-    if not path.exists():
-        return None
-    f_T = resnet18(None, r.data.image_size, r.s.teacher_width, bool(r.s.max_pool))
-    f_T.load_state_dict(load(path))
-    return f_T.to(r.s.device).eval()
-
-
-# ------------------------------------------------------------------------------------------------
-# The cells of a table, kept in results.csv
-# ------------------------------------------------------------------------------------------------
+# ---- The cells of a table: the lines of results.csv ----------------------------------------------
 KEY = "set", "encoder", "protocol", "epochs", "task", "labels", "seed"
-COLUMNS = (*KEY, "rate", "accuracy", "mse")
+COLUMNS = *KEY, "rate", "accuracy", "mse"
 
 
 def read_run(args):
     """A run's settings, data, distilled set and what its baselines are made from."""
     run_dir = Path(args.run_dir).resolve()
     made = read_json(run_dir / "config.json").get("distill")
-    if made is None or not (run_dir / "distilled.pt").exists():
+    if not made or not (run_dir / "distilled.pt").exists():
         raise InputError(f"{run_dir} holds no distilled.pt: make it with mkdt.py, or give another "
                          "--run-dir")
     s = argparse.Namespace(**{**made, **vars(args)})
     s.pretrain_epochs = args.epochs or (1000 if s.protocol == "finetune" else s.pretrain_epochs)
-    s.pretrain_decay = 5e-4 if s.protocol == "finetune" else 1e-4
+    s.pretrain_decay = 1e-3 if s.protocol == "finetune" else 1e-4
     data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
     rows, d = read_targets(s, data, run_dir.parent)
-    test = run_dir.parent / "representations_test.pt"
+    test, init = run_dir.parent / "representations_test.pt", load(run_dir / "init.pt")
+    mkdt, student = load(run_dir / "distilled.pt"), f"{s.student}:{s.width}"
     r = argparse.Namespace(
-        dir=run_dir, s=s, data=data, rows=rows, d=d, distilled=load(run_dir / "distilled.pt"),
-        init=load(run_dir / "init.pt"), student=f"{s.student}:{s.width}", own={},
+        dir=run_dir, s=s, data=data, rows=rows, d=d, losses=init.get("losses"), student=student,
+        make=functools.partial(encoder, student, d, data.image_size), log=Log(run_dir / "log.jsonl"),
         z_test=load(test).to(s.device) if test.exists() and rows is not None else None,
-        log=Log(run_dir / "log.jsonl"))
+        iterations=mkdt["iterations"], made={
+            ("mkdt", ""): (mkdt["images"], mkdt.get("targets"), mkdt["lr"]),
+            ("initial", ""): (init["images"], init.get("targets"), None)})
     for name in s.sets:                                    # what cannot work is refused first
         kind, argument, _ = parse_set(name)
-        if kind in ("distilled", "raw", "krr_st", "dm") and (kind, argument) not in r.own:
-            r.own[kind, argument] = read_own(r, name)
-        pretraining_set(name, 0, r)
+        if kind in ("distilled", "raw", *RIVALS):
+            r.made[kind, argument] = read_made(r, name)
+        pretraining_set(r, name, 0)
     return r
 
 
@@ -564,22 +519,21 @@ def read_tasks(r):
     """({task: Dataset}, {what is left out: why})."""
     tasks, left_out = {}, {}
     for name in r.s.tasks or [r.s.dataset]:
-        size = r.s.task_size or (r.s.image_size if name == r.s.dataset else 0)
         try:
-            task = load_dataset(name, r.s.data_dir, size, r.s.device)
+            own_size = r.s.image_size if name == r.s.dataset else 0
+            task = load_dataset(name, r.s.data_dir, own_size, r.s.device)
             if not task.labelled:
                 raise InputError(f"{name} has no labels for both splits")
-            tasks[f"{task.name}-{size}px" if r.s.task_size else task.name] = task
+            tasks[task.name] = task
         except InputError as error:
             left_out[name] = str(error)
-            print(f"eval: {name} is left out: {error}", flush=True)
     if not tasks:
         raise InputError("; ".join(left_out.values()))
     return tasks, left_out
 
 
 def read_results(run_dir):
-    """The lines of results.csv, and of the other ranks' files, as dicts; the last of each cell."""
+    """{KEY: line of results.csv, and of the other ranks' files, as a dict}."""
     lines = {}
     for path in sorted(run_dir.glob("results*.csv")):
         for line in csv.DictReader(io.StringIO(path.read_text())):
@@ -591,215 +545,132 @@ def read_results(run_dir):
 def evaluate(args):
     """Computes the cells that results.csv lacks, and prints and keeps the table, results.md."""
     r = read_run(args)
-    tasks, left_out = read_tasks(r)
-    path = r.dir / f"results{f'_{RANK}' if RANK else ''}.csv"
-    there, jobs = read_results(r.dir), []
+    (tasks, left_out), there, jobs = read_tasks(r), read_results(r.dir), []
     for kind, seed, name in itertools.product(args.encoders or [r.student], args.seeds, args.sets):
-        wanted = {task: [p for p in args.labels if tuple(map(str, (
-            name, kind, args.protocol, r.s.pretrain_epochs, task, p, seed))) not in there]
-            for task in tasks}
-        if any(wanted.values()):
-            jobs.append((kind, seed, name, wanted))
-    mine = jobs[RANK::RANKS]
-    for done, (kind, seed, name, wanted) in enumerate(mine):
+        key = name, kind, args.protocol, str(r.s.pretrain_epochs)
+        wanted = {t: [p for p in args.labels if (*key, t, f"{p:g}", str(seed)) not in there]
+                  for t in tasks}
+        jobs += [(key, seed, wanted)] * any(wanted.values())
+    mine, path = jobs[RANK::RANKS], r.dir / f"results{f'_{RANK}' if RANK else ''}.csv"
+    for done, (key, seed, wanted) in enumerate(mine):
         try:
-            for values in cells(r, kind, name, seed, tasks, wanted):
-                line = dict(zip(COLUMNS, (name, kind, args.protocol, r.s.pretrain_epochs,
-                                          *values[:2], seed, *values[2:])))
-                keep(path, line)
+            for task, percent, *values in cells(r, *key[:2], seed, tasks, wanted):
+                new = not path.exists()
+                with open(path, "a", newline="") as file:
+                    csv.writer(file, lineterminator="\n").writerows(
+                        [COLUMNS] * new + [(*key, task, f"{percent:g}", seed, *values)])
         except ValueError as error:                        # it diverged, or a share has no image
-            left_out[f"{name}, seed {seed}"] = str(error)
-            print(f"eval: {name}, seed {seed}, is left out: {error}", flush=True)
+            left_out[f"{key[0]}, seed {seed}"] = str(error)
         if r.log.due() or done + 1 == len(mine):
-            r.log("eval", done + 1, len(mine), set=name, seed=seed)
+            r.log("eval", done + 1, len(mine), set=key[0], seed=seed)
     barrier()
     if RANK == 0:
         text = tables(r, list(read_results(r.dir).values()))
-        text += "".join(f"\nLeft out: {what} ({why})\n" for what, why in left_out.items())
+        text += "".join(f"Left out: {what} ({why})\n" for what, why in left_out.items())
         save_text(r.dir / "results.md", text)
         print(f"\n{text}")
 
 
-def keep(path, line):
-    """Appends a dict to a .csv; its first line names the columns."""
-    new = not path.exists()
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader() if new else None
-        writer.writerow(line)
-
-
 @functools.lru_cache(maxsize=4)
-def student(kind, d, image_size, objective, device, on):
+def student(kind, d, image_size, objective, device, compile):
     """(an encoder that lends its memory to cell after cell, its loss(x, y) to be minimised)."""
     net = encoder(kind, d, image_size).to(device).to(memory_format=torch.channels_last)
-    return net, compiled(lambda x, y: OBJECTIVES[objective][0](net, x, y).mean(), on)
+    return net, compiled(lambda x, y: OBJECTIVES[objective][0](net, x, y).mean(), compile)
 
 
-def cells(r, kind, name, seed, tasks, wanted):
-    """Pre-trains on the set `name` and judges the encoder: yields (task, share of labels, rate,
-    accuracy, distance of Eq. 2 to the teacher on the test images) for what is wanted of each
-    task. Raises ValueError if it diverges."""
-    s, chosen = r.s, pretraining_set(name, seed, r)
-    d, size, objective, y = r.d, r.data.image_size, s.objective, chosen and chosen.targets
+def cells(r, name, kind, seed, tasks, wanted):
+    """Pre-trains an encoder of that kind on the set `name` and judges it: yields (task, share of
+    labels, rate, accuracy, distance of Eq. 2 to the teacher on test images) for what is wanted of
+    each task. Raises ValueError if it diverges."""
+    s, (_, argument, _), (images, y, lr) = r.s, parse_set(name), pretraining_set(r, name, seed)
+    d, size, objective = r.d, r.data.image_size, s.objective
     if y is not None:                                     # a set made elsewhere brings its own
-        objective = "ce" if y.dim() == 1 else objective
-        d = max(d if s.objective == "ce" else 0, int(y.max()) + 1) if y.dim() == 1 else y.shape[1]
-        size = chosen.images.shape[-1]
-    on = s.compile and OBJECTIVES[objective][1] != "views"
-    net, loss = student(kind, d, size, objective, s.device, on)
+        size, objective = images.shape[-1], "ce" if y.dim() == 1 else objective
+        d = y.shape[1] if y.dim() == 2 else max(int(y.max()) + 1, d if s.objective == "ce" else 0)
+    compile = s.compile and OBJECTIVES[objective][1] != "views"
+    net, loss = student(kind, d, size, objective, s.device, compile)
     fresh = build(lambda: encoder(kind, d, size), seed, "evaluation encoder")
-    net.load_state_dict(fresh.state_dict())
-    for step, values in pretraining(net.train(), loss, chosen, r, seed) if chosen else ():
+    net.train().load_state_dict(fresh.state_dict())
+    loop, ssl = (), argument.startswith("ssl")
+    if ssl:
+        loop = pretrain_ssl(net, images, r.data, int(argument[4:] or 1000), s, seed)
+    elif images is not None:
+        loop = pretrain(net, loss, len(images), examples_of(s, r.data, images, y), lr, s, seed)
+    for step, values in loop:
         if r.log.due():
             r.log("pretrain", step, "", set=name, seed=seed, loss=float(values["loss"]))
     if not all(p.isfinite().all() for p in net.parameters()):
-        raise ValueError(f"pre-training at rate {chosen.lr:.3g} diverged: try {name}@RATE")
+        raise ValueError(f"pre-training at rate {lr:.3g} diverged: try {name}@RATE")
     judge = {"linear": linear_scores, "finetune": finetuned_scores}[s.protocol]
     for task, percents in wanted.items():
-        ours = task == r.data.name and not (chosen and chosen.ssl_epochs) and d == r.d
         for percent, score, z in judge(net.eval(), tasks[task], percents, s, seed):
-            mse = ""
-            if ours and z is not None and r.z_test is not None and z.shape == r.z_test.shape:
-                mse = OBJECTIVES[s.objective][0](lambda x: x, z, r.z_test).mean().item()
-            yield task, percent, chosen.lr if chosen else "", score, mse
+            mse, known = "", r.z_test if task == r.data.name and not ssl else None
+            if known is not None and z is not None and z.shape == known.shape:
+                mse = OBJECTIVES[s.objective][0](lambda x: x, z, known).mean().item()
+            yield task, percent, lr, score, mse
 
 
-def pretraining(net, loss, chosen, r, seed):
-    """The loop that pre-trains `net` on a set."""
-    if chosen.ssl_epochs:
-        return pretrain_ssl(net, chosen.images, r.data, chosen.ssl_epochs, r.s, seed)
-    raw = chosen.images.dtype == torch.uint8
-    examples = Examples(len(chosen.images), lambda batch: r.data.normalize(chosen.images[batch])
-                        if raw else chosen.images[batch],
-                        targets_of(r.s, r.data, chosen.targets))
-    return pretrain(net, loss, examples, chosen.lr, r.s, seed)
-
-
-def linear_scores(net, task, percents, s, seed):
-    """Yields (share of labels, accuracy of a linear probe on it, the encoder's output on the test
-    images, or None where they have another size). Each image is encoded once."""
-    drawn = [labelled_subset(len(task.train_images), percent, seed) for percent in percents]
-    if not drawn:
-        return
-    needed = torch.cat(drawn).unique()                                           # sorted
-    test = encode(net.features, task.test_images, task.normalize)
-    train_features = encode(net.features, task.train_images[needed], task.normalize)
-    z = net.head(test).detach() if test.shape[1] == net.head.in_features else None
-    for percent, chosen in zip(percents, drawn):
-        labels = task.train_labels[chosen]
-        if (labels == labels[0]).all():
-            raise ValueError(f"the {len(labels)} labelled images of {percent}% are of one class")
-        W, b = linear_probe(train_features[torch.searchsorted(needed, chosen)], labels,
-                            task.classes)
-        yield percent, accuracy(test @ W.T + b, task.test_labels), z
-
-
-def finetuned_scores(net, task, percents, s, seed):
-    """Yields (share of labels, accuracy after fine-tuning on it, None)."""
-    for percent in percents:
-        chosen = labelled_subset(len(task.train_images), percent, seed)
-        tuned = finetune(net, task, chosen, s, seed)
-        logits = encode(tuned, task.test_images, task.normalize)
-        yield percent, accuracy(logits, task.test_labels), None
-
-
-# ------------------------------------------------------------------------------------------------
-# The table
-# ------------------------------------------------------------------------------------------------
+# ---- The table -----------------------------------------------------------------------------------
 def tables(r, lines):
-    """results.md: a table for each protocol, encoder and length of pre-training."""
+    """results.md: a table for each protocol, encoder and length of pre-training. A row for each
+    share of labels and set, a column for each task: percent correct, mean ± std over seeds, the
+    best in bold, and the paper's value below where it has one; with --paired, the difference to
+    that set, mean ± standard error."""
     text = []
     for about in dict.fromkeys((x["protocol"], x["encoder"], x["epochs"]) for x in lines):
         of = [x for x in lines if (x["protocol"], x["encoder"], x["epochs"]) == about]
-        protocol = {"linear": "linear probe", "finetune": "fine-tuning"}[about[0]]
-        text += [f"## {r.data.name}, {r.s.percent:g}% distilled, {about[1]}, {protocol}, "
-                 f"{about[2]} epochs", "", *rows(r, of, about, None), ""]
-        if r.s.paired:
-            text += [f"Each set minus {called(r, r.s.paired)}, paired by seed: mean ± standard "
-                     "error (seeds)", "", *rows(r, of, about, r.s.paired), ""]
-    return "\n".join(text)
+        tasks, minus = list(dict.fromkeys(x["task"] for x in of)), [f"− {r.s.paired}"]
+        columns = [c for t in tasks for c in (t, *minus * bool(r.s.paired))]
+        head = ["Labels", "Pre-training set", "Rate", *columns, "MSE"]
+        text += [f"## {r.data.name}, {r.s.percent:g}% distilled: {about[1]}, {about[0]}, "
+                 f"{about[2]} epochs", "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+        for percent in sorted({x["labels"] for x in of}, key=float):
+            text += rows(r, [x for x in of if x["labels"] == percent], tasks, about, percent)
+        text += ["", f"Percent correct, mean ± std over {len({x['seed'] for x in of})} seeds" + (
+            "; differences: paired by seed, ± standard error." if r.s.paired else "."), ""]
+    return "\n".join(text) + "\n"
 
 
-def rows(r, lines, about, minus):
-    """The rows of one table: percent correct, mean ± std over seeds (how many), the best in bold,
-    the paper's value below ours where it has one; or, with a set `minus`, differences to it."""
-    order = [known.partition(":")[0] for known in SETS]
-    names = sorted({x["set"] for x in lines}, key=lambda n: (order.index(parse_set(n)[0]), n))
-    tasks, rates = list(dict.fromkeys(x["task"] for x in lines)), {x["set"]: x for x in lines}
-    scores = collections.defaultdict(dict)
+def rows(r, lines, tasks, about, percent):
+    """The rows of one share of labels."""
+    order, text = [known.partition(":")[0] for known in SETS], []
+    scores = collections.defaultdict(dict)                 # {(set, task): {seed: accuracy}}
     for x in lines:
-        scores[x["set"], x["task"], x["labels"]][x["seed"]] = float(x["accuracy"])
-    head = ["Labels", "Pre-training set"] + ["Rate"] * (not minus) + tasks + ["MSE"] * (not minus)
-    text = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for percent in sorted({x["labels"] for x in lines}, key=float):
-        best = {t: max((np.mean([*scores[n, t, percent].values()]) for n in names
-                        if n != "full" and scores[n, t, percent]), default=0) for t in tasks}
-        for name in (n for n in names if any(scores[n, t, percent] for t in tasks)):
-            if minus:
-                cells = [paired(scores[name, t, percent], scores[minus, t, percent])
-                         for t in tasks]
-                cells = [f"{c[0]:+.2f} ± {c[1]:.2f} ({c[2]})" if c else "" for c in cells]
-                text += [f"| {percent}% | {called(r, name)} | " + " | ".join(cells) + " |"] * any(
-                    cells) * (name != minus)
-                continue
-            cells = [shown(list(scores[name, t, percent].values()), best[t]) for t in tasks]
-            rate = f"{float(rates[name]['rate']):.3g}" if rates[name]["rate"] else ""
-            distances = [float(x["mse"]) for x in lines if x["set"] == name and x["mse"]]
-            cells += [f"{np.mean(distances):.4f}" if distances else ""]
-            text.append(f"| {percent}% | {called(r, name)} | {rate} | " + " | ".join(cells) + " |")
-            theirs = [paper_value(r, name, about, t, percent) for t in tasks]
-            text += ["| | *paper* | | " + " | ".join([*theirs, ""]) + " |"] * any(theirs)
+        scores[x["set"], x["task"]][x["seed"]] = float(x["accuracy"])
+    names = sorted({x["set"] for x in lines}, key=lambda n: (order.index(parse_set(n)[0]), n))
+    best = {t: max((np.mean([*scores[n, t].values()]) for n in names
+                    if n != "full" and scores[n, t]), default=0) for t in tasks}
+    for name in names:
+        cells, theirs = [], []
+        for t in tasks:
+            values = [*scores[name, t].values()]
+            bold = "**" * bool(values and np.mean(values) == best[t])
+            cells += [f"{bold}{np.mean(values):.2f}{bold} ± {np.std(values):.2f}" * bool(values)
+                      if values else ""]
+            theirs += [paper_value(r, name, about, t, percent)]
+            if r.s.paired:
+                difference = paired(scores[name, t], scores[r.s.paired, t])
+                cells += ["{:+.2f} ± {:.2f}".format(*difference) if difference else ""]
+                theirs += [""]
+        rate = next(x["rate"] for x in lines if x["set"] == name)
+        mse = [float(x["mse"]) for x in lines if x["set"] == name and x["mse"]]
+        cells = [f"{percent}%", METHODS.get(name, name), f"{float(rate):.3g}" if rate else "",
+                 *cells, f"{np.mean(mse):.4f}" if mse else ""]
+        text += ["| " + " | ".join(cells) + " |"]
+        text += ["| | *paper* | | " + " | ".join([*theirs, ""]) + " |"] * any(theirs)
     return text
 
 
-def shown(values, best):
-    """Mean ± std (ddof 0, as the authors') of a cell, in bold if it is the best."""
-    if not values:
-        return ""
-    mean = f"{np.mean(values):.2f}"
-    mean = f"**{mean}**" if np.mean(values) == best else mean
-    return f"{mean} ± {np.std(values):.2f} ({len(values)})"
-
-
 def paired(ours, theirs):
-    """(mean, standard error, seeds) of the differences of two {seed: accuracy}, over the seeds
-    that both have; None for fewer than two."""
+    """(mean, standard error) of the differences of two {seed: accuracy} over the seeds that both
+    have; None for fewer than two, or the same set."""
     d = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-    return (d.mean(), d.std(ddof=1) / len(d) ** 0.5, len(d)) if len(d) > 1 else None
-
-
-def row_of(r, name):
-    """The row of the paper's tables that a set belongs to."""
-    kind, argument, _ = parse_set(name)
-    path = Path(argument).resolve()
-    if kind == "mkdt":
-        return {"ssl": "mtt_ssl", "ce": "mtt"}.get(
-            r.s.objective, {"high_loss": "mkdt", "random": "mkdt_random"}.get(r.s.init, "own"))
-    if kind == "random" and argument:
-        return "ssl"
-    if kind == "subset":
-        return "sas" if "sas" in f"{path.parent.name}/{path.name}".lower() else kind
-    if kind in ("distilled", "raw"):            # a run beside this one says what it is
-        home = path if path.is_dir() else path.parent
-        beside = {f"{r.s.percent:g}pct_high_loss": "mkdt", f"{r.s.percent:g}pct_random":
-                  "mkdt_random"} if home.parent == r.dir.parent else {}
-        krr = "krr" in f"{home.name}/{path.name}".lower() or path.name.startswith("x_syn")
-        return beside.get(home.name, "krr_st" if krr else kind)
-    return kind
-
-
-def called(r, name):
-    """What the table calls a set."""
-    kind, argument, rate = parse_set(name)
-    text = METHODS.get(row_of(r, name), "MKDT")
-    text += f" ({argument})" if argument else ""
-    return text + (", learned rate" if rate == "mkdt" else f", rate {rate}" if rate else "")
+    return (d.mean(), d.std(ddof=1) / len(d) ** 0.5) if len(d) > 1 and ours is not theirs else None
 
 
 # Tables 1 - 7 and 10 - 12. Each block: pre-training data, percent, teacher, encoder, protocol:
 # tasks; then, for each share of labels and row, means and deviations. Of Table 10, none and
-# krr_st were copied from Lee et al. (2023): another network (ConvNet 128-256-512, batch norm).
+# krr_st are copied from Lee et al. (2023): another network (ConvNet 128-256-512, batch norm).
 PAPER = """
 # cifar10 2 barlow convnet linear: cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers
 1 none 35.84 1.39  2.52 0.09  8.01 0.19  2.43 0.17  1.27 0.10  1.92 0.18  2.02 0.76
@@ -939,71 +810,62 @@ def paper_values():
     return values
 
 
+def paper_row(r, name):
+    """(the row of the paper's tables that a set belongs to, the iterations it had) or None."""
+    kind, argument, rate = parse_set(name)
+    started, path = {"high_loss": "mkdt", "random": "mkdt_random"}, Path(argument).resolve()
+    if rate or kind in ("krr_st", "dm") and argument:
+        return None
+    if kind == "mkdt":
+        return {"ssl": "mtt_ssl", "mse": started.get(r.s.init)}.get(r.s.objective), r.iterations
+    if kind == "subset":
+        return "sas" if "sas" in f"{path.parent.name}/{path.name}".lower() else None, None
+    if kind in ("distilled", "raw") and path.parent.parent == r.dir.parent:   # a set beside this
+        percent, _, init = path.parent.name.partition("pct_")
+        made = int((re.findall(r"distilled_(\d+)", path.stem) or [load(path)["iterations"]])[0])
+        return started.get(init) if percent == f"{r.s.percent:g}" else None, made
+    if kind in ("distilled", "raw"):
+        return "krr_st" if path.name.startswith("x_syn") else None, None
+    return f"{kind}:{argument}" if argument else kind, None
+
+
 def paper_value(r, name, about, task, labels):
-    """The paper's "mean ± std" for a cell, "" where it has none for exactly this setting: its
-    student, data and epochs, its teacher (but for rows without one) and its iterations."""
-    s, row, (protocol, kind, epochs) = r.s, row_of(r, name), about
-    _, argument, rate = parse_set(name)
-    kind = "convnet" if kind == "convnet:128" else kind
-    own_student = kind == "convnet" and s.student == "convnet" and s.width == 128
-    length = r.distilled["iterations"] if row.startswith(("mkdt", "mtt")) else None
-    same = [own_student or kind in ("resnet10", "resnet18") or protocol == "finetune",
-            not rate and not s.train_images and not s.image_size and not s.task_size,
-            epochs == ("1000" if protocol == "finetune" else "20"),
-            row in ("none", "mtt_ssl") or s.teacher_width == 64 and not s.representations,
-            length in (None, 1000 if kind != "convnet" else 5000),
-            not argument or row in ("sas", "mkdt", "mkdt_random") or row == "krr_st"]
-    mean, std = paper_values().get((s.dataset, f"{s.percent:g}", s.ssl, kind, protocol, labels,
-                                    row, task), ("", "")) if all(same) else ("", "")
-    return f"{mean} ± {std}" if mean else ""
+    """The paper's "mean ± std" for a cell; "" where it has none for exactly this setting."""
+    s, (protocol, kind, epochs), row = r.s, about, paper_row(r, name)
+    if not row or s.train_images or s.image_size or (s.student, s.width) != ("convnet", 128):
+        return ""
+    if epochs != ("1000" if protocol == "finetune" else "20"):
+        return ""
+    kind, (row, iterations) = "convnet" if kind == "convnet:128" else kind, row
+    if (s.teacher_width, s.representations) != (64, "") and row not in ("none", "mtt_ssl"):
+        return ""
+    if iterations not in (None, 5000 if kind == "convnet" else 1000):
+        return ""
+    block = s.dataset, f"{s.percent:g}", s.ssl, kind, protocol
+    return " ± ".join(paper_values().get((*block, labels, row, task), ()))
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
-# What --table N stands for; {run} is the run's folder. SAS is added by --sets subset:FILE.
-MKDT = ["random", "krr_st", "mkdt"]
-TABLES = {
-    "1": dict(runs=["cifar10/2pct_high_loss"], sets=["none", *MKDT, "full"]),
-    "2": dict(runs=["cifar100/2pct_high_loss"], sets=[
-        "none", "random", "high_loss", "krr_st", "distilled:{run}/../2pct_random", "mkdt",
-        "full"]),
-    "3": dict(runs=["tinyimagenet/2pct_high_loss"], sets=["none", *MKDT, "full"]),
-    "4": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")],
-              sets=MKDT),
-    "5": dict(runs=["cifar100/5pct_high_loss"], encoders=["resnet10", "resnet18"], labels=[5],
-              sets=["none", "random", "krr_st", "distilled:{run}/distilled_01000.pt"]),
-    "6": dict(runs=[f"{d}_simclr/2pct_high_loss" for d in ("cifar10", "cifar100")], sets=MKDT),
-    "7": dict(runs=[f"{d}/2pct_high_loss" for d in ("cifar10", "cifar100", "tinyimagenet")],
-              labels=[10, 50], sets=MKDT),
-    "10": dict(runs=["cifar100/2pct_high_loss"], protocol="finetune", labels=[100],
-               sets=["none", "random:ssl", "krr_st"], tasks=[
-                   "cifar100", "cifar10", "aircraft", "cars", "cub2011", "dogs", "flowers"]),
-    "11": dict(runs=[f"{d}/5pct_high_loss" for d in ("cifar10", "cifar100")], sets=["dm"]),
-    "12": dict(runs=[f"{d}_ssl/5pct_random" for d in ("cifar10", "cifar100")], sets=["mkdt"]),
-}
-
-
+# ---- Command line --------------------------------------------------------------------------------
 def parse(argv):
-    """The arguments of a command line; --table fills in what is not given."""
+    """The arguments of a command line."""
     sets = "\n".join(f"    {name:<16}{what}" for name, what in SETS.items())
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, epilog=f"sets:\n{sets}\n\nat another rate: random@0.3; at the learned "
         "one: random@mkdt")
     add = parser.add_argument
-    add("--run-dir", help="folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
-    add("--table", choices=TABLES, help="a table of the paper, for its runs in runs/")
-    add("--sets", nargs="+", metavar="SET", help="see below (default: the run's own table)")
-    add("--tasks", nargs="+", metavar="DATASET", help="data sets to probe on; all: the seven of "
-        "Table 1 (default: the run's own)")
+    add("--run-dir", required=True, help="folder of a distilled set: runs/cifar10/2pct_high_loss")
+    add("--sets", nargs="+", metavar="SET", default=DEFAULT_SETS, help="what to pre-train on, see "
+        f"below (default: {' '.join(DEFAULT_SETS)})")
+    add("--tasks", nargs="+", metavar="DATASET", default=[], help="data sets to probe on; all: the "
+        "seven of Table 1 (default: the run's own)")
     add("--labels", nargs="+", type=float, metavar="PERCENT", help="shares of the task's labels "
         "(default: 1 5; finetune: 100)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--encoders", nargs="+", metavar="NAME", help="names in models.ENCODERS, with a width as "
         "in resnet18:16 (default: the run's student)")
-    add("--protocol", choices=["linear", "finetune"], help="linear probe, or fine-tuning as Lee et "
-        "al. (Table 10) (default: linear)")
+    add("--protocol", choices=["linear", "finetune"], default="linear", help="linear probe, or "
+        "fine-tuning as Lee et al. (Table 10) (default: linear)")
     add("--paired", nargs="?", const="random", metavar="SET", help="add each set's paired "
         "difference to SET, with standard errors (if none is named: random)")
     add("--epochs", type=int, default=0, help="of pre-training (default: 0, the run's own; "
@@ -1011,51 +873,25 @@ def parse(argv):
     add("--finetune-lr", type=float, default=0.01, help="rate of fine-tuning (default: 0.01)")
     add("--finetune-iterations", type=int, default=0, help="(default: 0, that is 10000 on CIFAR "
         "and TinyImageNet, else 5000)")
-    add("--dm-groups", type=int, default=0, help="groups of images that dm matches (default: 0, "
-        "as many as classes)")
-    add("--task-size", type=int, default=0, metavar="PIXELS", help="squash every task to this side "
-        "(default: 0, its own)")
+    add("--dm-groups", type=int, default=0, help="groups that dm matches (default: 0, one a class)")
     add("--data-dir", default="data", help="where data sets are kept (default: data)")
     add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
     args = parser.parse_args(argv)
-    table = TABLES.get(args.table, {})
-    if not (args.run_dir or table):
-        parser.error("give --run-dir, or --table for the runs in runs/")
-    args.runs = [args.run_dir] if args.run_dir else [f"runs/{run}" for run in table["runs"]]
-    args.sets = args.sets or table.get("sets", DEFAULT_SETS)
-    args.encoders = args.encoders or table.get("encoders")
-    args.protocol = args.protocol or table.get("protocol", "linear")
-    args.labels = args.labels or [*map(float, table.get("labels", (
-        [100] if args.protocol == "finetune" else [1, 5])))]
-    args.tasks = args.tasks or table.get("tasks") or (["all"] if args.table else [])
+    own = Path(args.run_dir).resolve().parent.name.split("_")[0]
+    args.tasks = [task for name in args.tasks for task in (                    # its own first
+        sorted(TASKS, key=lambda task: own != task) if name == "all" else [name])]
+    args.labels = args.labels or ([1, 5] if args.protocol == "linear" else [100])
     return args
 
 
 def main(argv=None):
     """The command line; see the top of this file."""
     args = parse(argv)
-    try:
+    with one_line_errors("eval.py"), contextlib.redirect_stdout(None if RANK else sys.stdout):
         args.device = start(args.device)
-        with contextlib.redirect_stdout(None if RANK else sys.stdout):          # rank 0 speaks
-            for run in args.runs:
-                if args.table and not Path(run, "distilled.pt").exists():
-                    print(f"eval: {run} is left out: it holds no distilled.pt")
-                    continue
-                own = Path(run).resolve().parent.name.split("_")[0]
-                seven = sorted(TASKS, key=lambda t: own != t)                   # its own first
-                changed = {"run_dir": run, "sets": [x.format(run=run) for x in args.sets],
-                           "tasks": [t for x in args.tasks for t in (
-                               seven if x == "all" else [x])]}
-                evaluate(argparse.Namespace(**{**vars(args), **changed}))
-    except InputError as error:
-        print(f"eval.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("eval.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+        evaluate(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,8 +14,7 @@ The file follows Algorithm 1 from top to bottom:
     eval      section 5 pre-train on D_syn and probe linearly (eval.py)
     figure1   Fig. 1    why trajectories of self-supervision itself cannot be matched
 
-A file that exists is a stage that is done; give the same command again and it goes on.
-"""
+A file that exists is a stage that is done; give the same command again and it goes on."""
 import argparse
 import contextlib
 import functools
@@ -28,19 +27,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from torchvision.utils import make_grid, save_image
 
 import eval as evaluation
 from data import (Checkpoint, Log, checksum, denormalize, follow, load, load_dataset, read_json,
                   save, save_text, two_views, write_file)
-from eval import Examples, encode, knn_accuracy, read_targets, targets_of
-from models import (OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build, compiled,
-                    encoder, first_line, flat_parameters, functional, resnet18,
+from eval import encode, examples_of, knn_accuracy, read_targets, targets_of
+from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
+                    compiled, encoder, flat_parameters, functional, one_line_errors,
                     rows_of_all_ranks, start, stream, sum_over_ranks, train)
 
-# ------------------------------------------------------------------------------------------------
-# Settings: stage, default (the paper's), meaning. Each is a flag, and kept in config.json
-# ------------------------------------------------------------------------------------------------
+# ---- Settings: stage, default (the paper's), meaning. Each is a flag, and kept in config.json 
 SETTINGS = {
     "train_images": ("teacher", 0, "use the first so many training images; 0: all"),
     "image_size": ("teacher", 0, "side in pixels to squash images to; 0: their own (folders: 32)"),
@@ -112,15 +109,12 @@ BY_OBJECTIVE = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6)
-# ------------------------------------------------------------------------------------------------
+# ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) -------------------------------------------
 def train_teacher(network, optimizer, data, s, first=0):
     """Trains `network`, an encoder and its projection head, by self-supervision (Eq. 6).
 
     Both views go through it as one batch, so batch norm sees them together; the loss is float32.
-    Ranks share each batch, and F or the negatives are of all of them. Yields as `train`.
-    """
+    Ranks share each batch, and F or the negatives are of all of them. Yields as `train`."""
     n, size = len(data.train_images), min(s.teacher_batch, len(data.train_images))
     loss_of, _, schedule = SSL[s.ssl]
 
@@ -130,7 +124,8 @@ def train_teacher(network, optimizer, data, s, first=0):
         views = two_views(images, draw, (s.crop_scale, 1.0), s.gray)
         x = torch.cat([data.normalize(view) for view in views])              # [2B, 3, H, W]
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=s.bf16 == "on"):
+        bf16 = s.bf16 == "on" or s.bf16 == "auto" and x.is_cuda
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             z = network(x)                                                   # [2B, k]
         return loss_of(*(rows_of_all_ranks(half) for half in z.float().chunk(2)), s)
 
@@ -148,20 +143,19 @@ def teacher_stage(run):
         return
     if s.representations:
         return save(folder / "representations.pt", read_representations(s.representations, data))
-    f_T = build(lambda: resnet18(None, data.image_size, s.teacher_width, bool(s.max_pool)),
-                s.seed, "teacher")
+    f_T = build(lambda: ENCODERS["resnet18"](None, data.image_size, s.teacher_width,
+                                             bool(s.max_pool)), s.seed, "teacher")
     head = build(lambda: SSL[s.ssl][1](f_T.feature_dim), s.seed, "projector")
     model = torch.nn.Sequential(f_T, head).to(s.device).to(memory_format=torch.channels_last)
-    if RANKS > 1 and s.device.type == "cuda":          # torch has it for GPUs only
+    if RANKS > 1 and s.device.type == "cuda":                      # torch has it for GPUs only
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
     optimizer.register_step_pre_hook(
         lambda *_: sum_over_ranks([p.grad for p in model.parameters()]))
-    checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", s.checkpoint_minutes,
-                            model=model, optimizer=optimizer)
-    first = checkpoint.restore()
+    checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", s.checkpoint_minutes, model=model,
+                            optimizer=optimizer)
+    first, n = checkpoint.restore(), len(data.train_images)
     network = compiled(model, s.compile and s.device.type == "cuda" and RANKS == 1)
-    n = len(data.train_images)
     steps = s.teacher_epochs * (n // min(s.teacher_batch, n))
     loop = train_teacher(network, optimizer, data, s, first)
     for step, values in follow("teacher", loop, steps, run.log, checkpoint):
@@ -171,11 +165,12 @@ def teacher_stage(run):
     f_T.eval()
     z, z_test = (encode(f_T.features, images, data.normalize).cpu()
                  for images in (data.train_images, data.test_images))
-    check_representations(z, "the teacher: lower --teacher-lr, in another --run-dir")
-    for name, value in (("teacher", f_T.state_dict()), ("representations_test", z_test),
-                        ("representations", z)):
-        save(folder / f"{name}.pt", value) if RANK == 0 else None
-    checkpoint.path.unlink(missing_ok=True)
+    check_representations(z, "the teacher (lower --teacher-lr, in another --run-dir)")
+    if RANK == 0:
+        save(folder / "teacher.pt", f_T.state_dict())
+        save(folder / "representations_test.pt", z_test)
+        save(folder / "representations.pt", z)                     # last: the stage is done
+        checkpoint.path.unlink(missing_ok=True)
 
 
 def teacher_knn(f_T, data, bank=10000, queries=2000):
@@ -189,87 +184,72 @@ def teacher_knn(f_T, data, bank=10000, queries=2000):
     return knn_accuracy(z[0], labels[0], z[1], labels[1])
 
 
-def check_representations(z, source, n=None):
-    """z as float32 [n, d]; InputError if it is another shape, not finite or constant."""
-    z = torch.as_tensor(z).detach().float()
-    if z.dim() != 2 or len(z) != (n or len(z)) or not z.isfinite().all() or (z == z[0]).all():
-        raise InputError(f"{source}: representations must be [n, d], a row for each of the "
-                         f"{n or len(z)} training images, finite and not all alike; these are "
-                         f"{list(z.shape)} with {int((~z.isfinite()).sum())} NaN or infinite")
+def check_representations(z, source):
+    """z; InputError if it is not [n, d], finite, and more than one point."""
+    if z.dim() != 2 or not z.isfinite().all() or (z == z[0]).all():
+        raise InputError(f"{source}: representations must be [n, d], finite and not all alike; "
+                         f"{int((~z.isfinite()).sum())} numbers of these {list(z.shape)} are not")
     return z
 
 
 def read_representations(path, data):
     """--representations FILE, in the order of the training images."""
     try:
-        z = np.load(path, allow_pickle=False) if Path(path).suffix == ".npy" else load(path)
-        return check_representations(z, path, len(data.train_images))
+        z = np.load(path) if path.endswith(".npy") else load(path)
+        z = torch.as_tensor(z).float()
     except (OSError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--representations {path}: {first_line(error)}") from error
+        raise InputError(f"--representations {path} holds no array of numbers ({error})") from error
+    if len(z) != len(data.train_images):
+        raise InputError(f"--representations {path}: {len(z)} rows for {len(data.train_images)} "
+                         "training images")
+    return check_representations(z, path)
 
 
-# ------------------------------------------------------------------------------------------------
-# 2. Experts (Algorithm 1, line 2; Eq. 5 and 7)
-# ------------------------------------------------------------------------------------------------
-def train_expert(model, loss, examples, s, seed):
-    """An expert trajectory (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's.
+# ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) -------------------------------------------
+def train_expert(model, loss, n, examples, s, seed):
+    """An expert (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's, over n examples.
 
     A fresh order each epoch, the short last batch kept, no augmentation, a constant rate.
-    MTT-SSL's experts take Adam (A.2). Yields as `train`.
-    """
+    MTT-SSL's experts take Adam (A.2). Yields as `train`."""
     if s.objective == "ssl":
         optimizer = torch.optim.Adam(model.parameters(), s.expert_lr, weight_decay=s.expert_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), s.expert_lr, s.expert_momentum,
                                     weight_decay=s.expert_decay)
-
-    def of(batch, step):
-        return loss(examples.images(batch), examples.targets(batch, (seed, "expert views", step)))
-    return train(of, optimizer, batches(examples.n, s.expert_batch, s.expert_epochs, seed,
-                                        "expert order"))
+    order = batches(n, s.expert_batch, s.expert_epochs, seed, "expert order")
+    return train(lambda batch, step: loss(*examples(batch, (seed, "expert views", step))),
+                 optimizer, order)
 
 
-def trajectory(model, loss, examples, s, seed):
-    """theta*_0 .. theta*_T of `train_expert`, [T + 1, P] on the CPU, and the mean loss of each
-    epoch [T]."""
-    per_epoch = math.ceil(examples.n / s.expert_batch)
+def trajectory(model, loss, n, examples, s, seed):
+    """theta*_0 .. theta*_T of `train_expert`, [T + 1, P] on the CPU; each epoch's mean loss."""
+    per_epoch = math.ceil(n / s.expert_batch)
     thetas, losses = [flat_parameters(model).cpu()], []
-    for step, values in train_expert(model, loss, examples, s, seed):
+    for step, values in train_expert(model, loss, n, examples, s, seed):
         losses.append(values["loss"])
         if step % per_epoch == 0:
-            thetas.append(flat_parameters(model).cpu())       # a copy, not the live weights
+            thetas.append(flat_parameters(model).cpu())             # a copy, not live weights
     return torch.stack(thetas), torch.stack(losses).view(-1, per_epoch).mean(dim=1)
 
 
 def experts_stage(run):
     """experts/expert_000.pt ...: flat float32 [T + 1, P], those that are missing."""
-    s = run.s
-    examples, d = real_examples(run)
-    model = build_student(run, d)
+    s, images = run.s, run.data.train_images
+    rows, d = read_targets(s, run.data, run.run_dir)
+    examples, model = examples_of(s, run.data, images, rows), build_student(run, d)
     loss = compiled(lambda x, y: OBJECTIVES[s.objective][0](model, x, y).mean(), can_compile(s))
     missing = [i for i in range(s.experts) if not expert_file(run, i).exists()][RANK::RANKS]
 
     def loop():
         for done, i in enumerate(missing):
-            fresh = build_student(run, d, "expert", i)
-            model.load_state_dict(fresh.state_dict())
+            model.load_state_dict(build_student(run, d, "expert", i).state_dict())
             seed = stream(s.seed, "expert", i).initial_seed()
-            thetas, losses = trajectory(model, loss, examples, s, seed)
+            thetas, losses = trajectory(model, loss, len(images), examples, s, seed)
             if not thetas[-1].isfinite().all():
                 raise InputError(f"experts: expert {i} diverged: lower --expert-lr {s.expert_lr}")
             save(expert_file(run, i), thetas)
             yield done + 1, {f"epoch {e + 1}": loss for e, loss in enumerate(losses)}
-
-    for _ in follow("experts", loop(), len(missing), run.log):
-        pass
-
-
-def real_examples(run):
-    """(all training images with the targets of --objective, the dimension d of an output)."""
-    rows, d = read_targets(run.s, run.data, run.run_dir)
-    images = run.data.train_images
-    return Examples(len(images), lambda batch: run.data.normalize(images[batch]),
-                    targets_of(run.s, run.data, rows)), d
+    evaluation.exhaust(follow("experts", loop(), len(missing), run.log))
 
 
 def build_student(run, d, *name):
@@ -289,9 +269,7 @@ def expert_file(run, i):
     return run.run_dir / "experts" / f"expert_{i:03d}.pt"
 
 
-# ------------------------------------------------------------------------------------------------
-# 3. Initial distilled set (Algorithm 1, line 3; section 4.2)
-# ------------------------------------------------------------------------------------------------
+# ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) -----------------------------
 def high_loss(data, rows, losses, count, rng):
     """The images of the highest loss (section 4.2), the largest first."""
     return subset(data, rows, evaluation.highest(losses, count))
@@ -329,9 +307,7 @@ def init_stage(run):
     save(path, {k: v.cpu().contiguous() for k, v in saved.items() if v is not None})
 
 
-# ------------------------------------------------------------------------------------------------
-# 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8)
-# ------------------------------------------------------------------------------------------------
+# ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) --------------------------------
 def distill(gradient, adjoint, experts, syn, targets, s, first=0):
     """Algorithm 1, lines 4 - 19: moves the images and the rate in `syn`, in place.
 
@@ -339,8 +315,7 @@ def distill(gradient, adjoint, experts, syn, targets, s, first=0):
     trajectories [T + 1, P]. syn: `images` [n, 3, H, W], `lr` (alpha_syn), `velocity` and
     `lr_velocity` (zeros at first). targets(batch, draw): Z_syn, which stays fixed. Several ranks
     draw one trajectory each. Yields (iterations done, Eq. 4's loss, alpha_syn, how far pixels
-    have moved, how many images were bounded).
-    """
+    have moved, how many images were bounded)."""
     images, lr, initial = syn.images, syn.lr, syn.initial
     for step in range(first, s.iterations):                                             # line 5
         draw = s.seed, "distill", step * RANKS + RANK
@@ -375,8 +350,7 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
         dL_DD / dx_{b_n} += -lr d(g_n . v_{n+1}) / dx      dL_DD / dlr += -g_n . v_{n+1}
     Each step is recomputed on the way back, so memory is one step's graph and N vectors [P].
 
-    Returns (loss, gradient of the images, gradient of the rate).
-    """
+    Returns (loss, gradient of the images, gradient of the rate)."""
     theta, target, images = theta.detach(), target.detach(), images.detach()
     lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device).detach()
     thetas = [theta]
@@ -407,8 +381,7 @@ def inner_gradient(loss):
 def inner_adjoint(loss):
     """(theta, x, y, v) -> (H v, d(g . v)/dx, g . v) with g = dL/dtheta and H = dg/dtheta.
 
-    Differentiating the scalar g . v, itself a gradient, gives all three; H is never formed.
-    """
+    Differentiating the scalar g . v, itself a gradient, gives all three; H is never formed."""
     def adjoint(theta, x, y, v):
         def g_dot_v(theta, x):
             return torch.func.grad(loss)(theta, x, y) @ v
@@ -444,17 +417,15 @@ def distill_stage(run):
     s, path = run.s, run.set_dir / "distilled.pt"
     if path.exists() and load(path)["iterations"] >= s.iterations:
         return
-    init = load(run.set_dir / "init.pt")
+    init, (_, d) = load(run.set_dir / "init.pt"), read_targets(s, run.data, run.run_dir)
     targets = init["targets"].to(s.device) if "targets" in init else None
-    d = read_targets(s, run.data, run.run_dir)[1]
     experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
-    loss = student_loss(functional(build_student(run, d)), OBJECTIVES[s.objective][0])
+    steps = inner_steps(student_loss(functional(build_student(run, d)),
+                                     OBJECTIVES[s.objective][0]), s)
     syn = new_syn(init["images"].to(s.device), s)
     state = {k: v for k, v in vars(syn).items() if k != "initial"}
     checkpoint = Checkpoint(run.set_dir / "distill_checkpoint.pt", s.checkpoint_minutes, **state)
-    loop = distill(*(compiled(step(loss), can_compile(s)) for step in (inner_gradient,
-                                                                       inner_adjoint)),
-                   experts, syn, targets_of(s, run.data, targets), s, checkpoint.restore())
+    loop = distill(*steps, experts, syn, targets_of(s, run.data, targets), s, checkpoint.restore())
 
     def keep(path, iterations):
         y = {} if targets is None else {"targets": targets.cpu()}
@@ -472,6 +443,11 @@ def distill_stage(run):
     keep(path, s.iterations)                                     # last: the stage is done
 
 
+def inner_steps(loss, s):
+    """`inner_gradient` and `inner_adjoint` of a loss, compiled."""
+    return [compiled(step(loss), can_compile(s)) for step in (inner_gradient, inner_adjoint)]
+
+
 def new_syn(images, s):
     """Lines 3 and 4: what `distill` moves, as it begins."""
     return argparse.Namespace(
@@ -480,17 +456,16 @@ def new_syn(images, s):
         lr_velocity=torch.zeros((), device=images.device))
 
 
-# ------------------------------------------------------------------------------------------------
-# 5. Evaluation (section 5; eval.py)
-# ------------------------------------------------------------------------------------------------
+# ---- 5. Evaluation (section 5; eval.py) ------------------------------------------------------
 def eval_stage(run):
     """SET/results.csv and results.md: the distilled set beside its baselines."""
     if not run.data.labelled:
         return print(f"eval: {run.data.name} has no labels in both splits; to probe on another:\n"
                      f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
-    flags = ["--run-dir", str(run.set_dir), "--paired", "--data-dir", str(run.s.data_dir),
-             "--device", str(run.s.device)] + ["--no-compile"] * (not run.s.compile)
-    evaluation.evaluate(evaluation.parse(flags))
+    flags = ["--run-dir", str(run.set_dir), "--paired", "--data-dir", str(run.s.data_dir)]
+    args = evaluation.parse(flags + ["--no-compile"] * (not run.s.compile))
+    args.device = run.s.device
+    evaluation.evaluate(args)
     print(f"results: {run.set_dir / 'results.md'}\npicture: {run.set_dir / 'distilled.png'}")
 
 
@@ -498,43 +473,22 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
           "distill": distill_stage, "eval": eval_stage}
 
 
-# ------------------------------------------------------------------------------------------------
-# Pictures
-# ------------------------------------------------------------------------------------------------
+# ---- Pictures --------------------------------------------------------------------------------
 def draw_results(run, before, after):
-    """distilled.png: images as they began, and distilled; curves.png where there is matplotlib."""
-    pixels = [denormalize(x, run.data.mean, run.data.std).clamp(0, 1) for x in (before, after)]
-    picture = draw_picture({"initial": pixels[0], "distilled": pixels[1]})
-    write_file(run.set_dir / "distilled.png", lambda file: picture.save(file, "PNG"))
-    records = [json.loads(line) for line in run.log.path.read_text().splitlines()]
-    panels = {name: {"distill": [(r["step"], r[name]) for r in records if name in r]}
-              for name in ("loss", "lr", "moved")}
-    draw_plot(run.set_dir / "curves.png", panels, "iteration")
+    """distilled.png: rows of images as they began, each above the same distilled; curves.png."""
+    rows = torch.stack([before[:20], after[:20]], dim=1).split(10)      # [10, 2, 3, H, W] each
+    tiles = torch.cat([row.transpose(0, 1).flatten(0, 1) for row in rows])
+    tiles = denormalize(tiles, run.data.mean, run.data.std).clamp(0, 1)
+    zoomed = tiles.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
+    grid = make_grid(zoomed, nrow=len(rows[0]), pad_value=1)
+    write_file(run.set_dir / "distilled.png", lambda file: save_image(grid, file, format="png"))
+    lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
+    lines = [line for line in lines if line["stage"] == "distill"]
+    draw_plot(run.set_dir / "curves.png", "iteration", {name: {"": [
+        (line["step"], line[name]) for line in lines]} for name in ("loss", "lr", "moved")})
 
 
-def draw_picture(rows, columns=10, bands=2, zoom=3):
-    """A picture (PIL) of `bands` bands of images; each has a row for every one of `rows`,
-    {name: [n, 3, H, W] in [0, 1]}, the first of each below one another."""
-    images = list(rows.values())
-    n = min(len(images[0]), columns * bands)
-    side, margin, gap = images[0].shape[-1] * zoom, 60, 10
-    height = len(rows) * (side + 2) + gap
-    canvas = Image.new("RGB", (margin + min(n, columns) * (side + 2),
-                               math.ceil(n / columns) * height), "white")
-    pen = ImageDraw.Draw(canvas)
-    for row, (name, x) in enumerate(rows.items()):
-        tiles = (x[:n] * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        for i, tile in enumerate(tiles):
-            band, column = divmod(i, columns)
-            top = band * height + row * (side + 2)
-            tile = Image.fromarray(tile).resize((side, side), Image.Resampling.NEAREST)
-            canvas.paste(tile, (margin + column * (side + 2), top))
-            if column == 0:
-                pen.text((3, top + side // 2 - 6), name, fill="black")
-    return canvas
-
-
-def draw_plot(path, panels, xlabel, log=()):
+def draw_plot(path, xlabel, panels, log=()):
     """A plot of {panel: {line: [(x, y), ...]}}; nothing where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure                            # pip install matplotlib
@@ -543,15 +497,13 @@ def draw_plot(path, panels, xlabel, log=()):
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
     for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
         for name, points in lines.items():
-            axes.plot(*zip(*points), label=name) if points else None
+            axes.plot(*zip(*points), label=name)
         axes.set(title=panel, xlabel=xlabel, yscale="log" if panel in log else "linear")
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small") if len(lines) > 1 else None
     write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
-# ------------------------------------------------------------------------------------------------
-# Figure 1: trajectories of other losses (section 4.1, appendix A.2)
-# ------------------------------------------------------------------------------------------------
+# ---- Figure 1: trajectories of other losses (section 4.1, appendix A.2) ----------------------
 # A.2's settings; it says nothing of MKDT, which has its data set's row. One expert, from epoch 0.
 COMMON = dict(percent=1.0, init="random", expert_epochs=7, max_start_epoch=0, pixel_lr=1000.0,
               iterations=100, clip=0.0)
@@ -570,30 +522,27 @@ def variance_of_trajectories(thetas):
 
 def figure1_system(run, trajectories=5):
     """{panel: [(x, y), ...]} of Fig. 1 for the settings of `run`: experts from one network that
-    differ in the order of their batches; then the first of them is distilled."""
-    s, data = run.s, run.data
-    objective = OBJECTIVES[s.objective][0]
-    examples, d = real_examples(run)
+    differ in the order of their batches, the first of which is then distilled."""
+    s, data, objective = run.s, run.data, OBJECTIVES[run.s.objective][0]
+    rows, d = read_targets(s, data, run.run_dir)
+    examples = examples_of(s, data, data.train_images, rows)
     model, thetas = build_student(run, d, "figure1"), []
     untrained = {k: v.clone() for k, v in model.state_dict().items()}
     loss = compiled(lambda x, y: objective(model, x, y).mean(), can_compile(s))
     for k in range(trajectories):
         model.load_state_dict(untrained)
         seed = stream(s.seed, "figure1", k).initial_seed()
-        thetas.append(trajectory(model, loss, examples, s, seed)[0])
-    rows = read_targets(s, data, run.run_dir)[0]
+        thetas.append(trajectory(model, loss, len(data.train_images), examples, s, seed)[0])
     images, rows = random_images(data, rows, None, run.size, stream(s.seed, "figure1", "images"))
-    steps = (compiled(step(student_loss(functional(model), objective)), can_compile(s))
-             for step in (inner_gradient, inner_adjoint))
+    steps = inner_steps(student_loss(functional(model), objective), s)
     loop = distill(*steps, thetas[:1], new_syn(images, s), targets_of(s, data, rows), s)
     variance = variance_of_trajectories(torch.stack(thetas)).tolist()
     panels = {"variance": list(enumerate(variance))[1:], "loss": [], "moved": []}
-    with contextlib.suppress(FloatingPointError):
-        for step, values in loop:
-            for panel in ("loss", "moved"):
-                panels[panel].append((step, float(values[panel])))
-            if not math.isfinite(panels["moved"][-1][1]):    # that is a result too
-                break
+    for step, values in loop:
+        for panel in ("loss", "moved"):
+            panels[panel].append((step, float(values[panel])))
+        if not math.isfinite(panels["moved"][-1][1]):                # a result as well
+            break
     return panels
 
 
@@ -601,26 +550,21 @@ def figure1_stage(run, given):
     """Figure 1 of the paper: figure1/figure1.csv, and .png where there is matplotlib."""
     folder, found = run.run_dir / "figure1", {}
     for name, system in FIGURE1.items():
-        path = folder / f"{name.replace(', ', '_')}.json"
-        settings = resolve(run.s.dataset, {**COMMON, **system, **given})
-        s = argparse.Namespace(**{**vars(run.s), **vars(settings)})
-        if not path.exists():
-            print(f"figure1: {name}", flush=True)
-            save_text(path, json.dumps(figure1_system(argparse.Namespace(
-                **{**vars(run), "s": s, "size": size_of(run.data, s)}))))
-        found[name] = read_json(path)
+        s = resolve(run.s.dataset, {**COMMON, **system, **given})
+        s = argparse.Namespace(**{**vars(run.s), **vars(s)})
+        print(f"figure1: {name}", flush=True)
+        found[name] = figure1_system(argparse.Namespace(
+            **{**vars(run), "s": s, "size": size_of(run.data, s)}))
     panels = {panel: {name: found[name][panel] for name in found}
               for panel in ("variance", "loss", "moved")}
     lines = [f'{panel},"{name}",{x},{y}' for panel, of in panels.items()
              for name, points in of.items() for x, y in points]
-    save_text(folder / "figure1.csv", "\n".join(["panel,system,x,y", *lines]) + "\n")
-    draw_plot(folder / "figure1.png", panels, "epoch, iteration", log=("variance", "moved"))
+    save_text(folder / "figure1.csv", "\n".join(["panel,system,x,y", *lines, ""]))
+    draw_plot(folder / "figure1.png", "epoch, iteration", panels, log=("variance", "moved"))
     print(f"figure1: {folder}/figure1.csv")
 
 
-# ------------------------------------------------------------------------------------------------
-# Command line
-# ------------------------------------------------------------------------------------------------
+# ---- Command line ----------------------------------------------------------------------------
 def resolve(dataset, given):
     """All settings for `dataset` as a namespace: the paper's, changed by the rows of the data set
     and percentage (the nearest, where there is none), changed by `given`."""
@@ -628,36 +572,27 @@ def resolve(dataset, given):
         "tinyimagenet" if given.get("image_size", 0) >= 64 else "cifar10"
     percent = {"percent": SETTINGS["percent"][1], **DATASETS[known], **given}["percent"]
     row = min((p for name, p in ROWS if name == known), key=lambda p: abs(p - percent))
-    if (dataset, row) != (known, percent):
-        print(f"settings: no row for {dataset} at {percent:g}%, taking {known}'s at {row}%")
-    settings = {name: default for name, (_, default, _) in SETTINGS.items()}
-    settings.update(SIMCLR if given.get("ssl") == "simclr" else {})
-    settings.update(DATASETS[known])
-    settings.update(ROWS[known, row])
-    settings.update(BY_OBJECTIVE.get(given.get("objective"), {}))
+    if (dataset, percent) != (known, row):
+        print(f"settings: no row for {dataset} at {percent:g}%, taking that of {known} at {row}%")
     # Only epochs 0 .. T+ + M are read, and the rate is constant: longer training is a waste.
-    settings["expert_epochs"] = max(r["max_start_epoch"] + r["match_epochs"]
-                                    for (name, _), r in ROWS.items() if name == known)
-    settings.update(given)
-    return check(argparse.Namespace(**settings))
-
-
-def check(s):
-    """The settings `s`; raises InputError for values that cannot work."""
+    last = max(r["max_start_epoch"] + r["match_epochs"] for (n, _), r in ROWS.items() if n == known)
+    s = argparse.Namespace(**{
+        **{name: default for name, (_, default, _) in SETTINGS.items()},
+        **(SIMCLR if given.get("ssl") == "simclr" else {}), **DATASETS[known], **ROWS[known, row],
+        **BY_OBJECTIVE.get(given.get("objective"), {}), "expert_epochs": last, **given})
     zero = {"train_images", "image_size", "teacher_decay", "lambd", "gray", "max_pool", "clip",
             "expert_decay", "expert_momentum", "max_start_epoch", "syn_lr_lr", "syn_momentum"}
     for name, value in vars(s).items():
-        flag = f"--{name.replace('_', '-')} {value}"
-        if not isinstance(value, str) and not (0 < value < math.inf or name in zero and value == 0):
-            raise InputError(f"{flag} must be {'at least 0' if name in zero else 'positive'}")
-    for name, choices in (("ssl", SSL), ("objective", OBJECTIVES), ("init", STARTS),
-                          ("bf16", ("auto", "on", "off"))):
+        if not isinstance(value, str) and not 0 <= value < math.inf or (
+                value == 0 and name not in zero):
+            raise InputError(f"--{name.replace('_', '-')} {value} must be finite and "
+                             f"{'at least 0' if name in zero else 'positive'}")
+    for name, choices in (("ssl", SSL), ("objective", OBJECTIVES), ("init", STARTS)):
         if getattr(s, name) not in choices:
             raise InputError(f"--{name} {getattr(s, name)}: choose from {', '.join(choices)}")
-    last = s.max_start_epoch + s.match_epochs
-    if last > s.expert_epochs:
-        raise InputError(f"T+ + M = {last} lies beyond the experts' last epoch: raise "
-                         f"--expert-epochs {s.expert_epochs}")
+    if s.max_start_epoch + s.match_epochs > s.expert_epochs:
+        raise InputError(f"T+ + M = {s.max_start_epoch + s.match_epochs} lies beyond the experts' "
+                         f"last epoch: raise --expert-epochs {s.expert_epochs}")
     return s
 
 
@@ -673,45 +608,34 @@ def size_of(data, s):
 def open_run(s):
     """A run: settings, data, log and folders. run_dir has what all distilled sets of a data set
     share, the teacher and the experts; set_dir below it, called --name, one distilled set."""
-    with contextlib.suppress(RuntimeError):
-        if s.bf16 == "auto":
-            gpu = s.device.type == "cuda" and torch.cuda.is_bf16_supported(False)
-            s.bf16 = "on" if gpu else "off"
     data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
-    system = {"mse": ""}.get(s.objective, f"_{s.objective}")
+    system = "" if s.objective == "mse" else f"_{s.objective}"
     run_dir = Path(s.run_dir or f"runs/{data.name}{system}")
     set_dir = run_dir / (s.name or f"{s.percent:g}pct_{s.init}")
-    log = Log(set_dir / "log.jsonl", s.log_seconds)
-    run = argparse.Namespace(s=s, data=data, run_dir=run_dir, set_dir=set_dir, log=log,
-                             size=size_of(data, s))
-    run.record = {"dataset": s.dataset, "images": checksum(data), "seed": s.seed}
-    return run
+    return argparse.Namespace(s=s, data=data, run_dir=run_dir, set_dir=set_dir,
+                              size=size_of(data, s), log=Log(set_dir / "log.jsonl", s.log_seconds))
 
 
 def claim(run, stage):
     """Keeps in config.json what `stage` is made with. Raises InputError if that, or a stage
     before it, was made with something else; says if it was by other code."""
-    code = hashlib.sha256(b"".join(Path(__file__).with_name(f"{name}.py").read_bytes()
-                                   for name in ("models", "data", "eval", "mkdt"))).hexdigest()[:8]
-    made, stages = dict(run.record), [*STAGES]
-    for earlier in stages[:stages.index(stage) + 1]:
+    made, sources = {"dataset": run.s.dataset, "images": checksum(run.data), "seed": run.s.seed,
+                     "ranks": RANKS}, sorted(Path(__file__).parent.glob("[mde][koav]*.py"))
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    for earlier in [*STAGES][:[*STAGES].index(stage) + 1]:
         made.update({k: getattr(run.s, k) for k, (of, *_) in SETTINGS.items() if of == earlier})
-        if earlier == "distill":
-            made["ranks"] = RANKS
-        folder = run.run_dir if earlier in ("teacher", "experts") else run.set_dir
-        config = read_json(folder / "config.json")
-        then = config.get(earlier, {"code": code, **made})
+        path = (run.run_dir if earlier in ("teacher", "experts") else run.set_dir) / "config.json"
+        config = read_json(path)
+        then = config.get(earlier, {**made, "code": code})
         differ = [f"{k} {then.get(k)} -> {v}" for k, v in made.items() if then.get(k) != v]
         if differ:
-            raise InputError(f"{folder} holds the stage {earlier} of other settings "
+            raise InputError(f"{path.parent} holds the stage {earlier} of other settings "
                              f"({', '.join(differ)}): give another --name (a distilled set on the "
                              "same experts) or --run-dir, or delete it")
         if then["code"] != code:
-            print(f"{earlier}: {folder} was made by other code than it is now", flush=True)
-        if earlier == stage and stage not in config and RANK == 0:
-            config[stage] = then
-            save_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    barrier()
+            print(f"{earlier}: {path.parent} was made by other code than it is now", flush=True)
+    if stage not in config and RANK == 0:
+        save_text(path, json.dumps({**config, stage: then}, indent=2) + "\n")
 
 
 def parse(argv):
@@ -730,10 +654,9 @@ def parse(argv):
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
     add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
     add("--log-seconds", type=float, default=10.0, help="between progress lines (default: 10)")
-    groups = {of: parser.add_argument_group(f"settings of the stage {of or 'distill'}")
-              for of, *_ in SETTINGS.values()}
+    groups = {of: parser.add_argument_group(f"settings of {of}") for of, *_ in SETTINGS.values()}
     for name, (of, default, text) in SETTINGS.items():
-        shown = f"{default:.4g}" if isinstance(default, float) else default or "none"
+        shown = f"{default:.4g}" if isinstance(default, float) else default
         groups[of].add_argument(f"--{name.replace('_', '-')}", type=type(default),
                                 metavar=type(default).__name__.upper(),
                                 default=argparse.SUPPRESS, help=f"{text} (default: {shown})")
@@ -742,30 +665,20 @@ def parse(argv):
 
 
 def main(argv=None):
-    """The command line. One line and exit code 2 for anything the user can put right."""
+    """The command line; see the top of this file."""
     args, given = parse(argv)
-    try:
-        args.device = start(args.device)
-        with contextlib.redirect_stdout(None if RANK else sys.stdout):         # rank 0 speaks
-            settings = resolve(args.dataset, given)
-            run = open_run(argparse.Namespace(**{**vars(args), **vars(settings)}))
-            only = {"all": STAGES, "figure1": ["teacher"]}.get(args.stage, [args.stage])
-            for stage in only:
-                claim(run, stage)
-                shown = {k: v for k, v in vars(settings).items() if SETTINGS[k][0] == stage}
-                print(f"{stage}: " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
-                STAGES[stage](run)
-                barrier()
-            if args.stage == "figure1":
-                figure1_stage(run, given)
-    except InputError as error:
-        print(f"mkdt.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("mkdt.py: stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    with one_line_errors("mkdt.py"), contextlib.redirect_stdout(None if RANK else sys.stdout):
+        args.device, settings = start(args.device), resolve(args.dataset, given)
+        run = open_run(argparse.Namespace(**{**vars(args), **vars(settings)}))
+        for stage in {"all": STAGES, "figure1": ["teacher"]}.get(args.stage, [args.stage]):
+            claim(run, stage)
+            own = {k: v for k, v in vars(settings).items() if SETTINGS[k][0] == stage}
+            print(f"{stage}: " + "  ".join(f"{k} {v}" for k, v in own.items()), flush=True)
+            STAGES[stage](run)
+            barrier()
+        if args.stage == "figure1":
+            figure1_stage(run, given)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

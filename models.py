@@ -6,14 +6,14 @@
     functional      a network as a function of one flat parameter vector theta
     train           the one training loop: teacher, experts, pre-training, fine-tuning
 
-Every encoder has `features(x)`, the penultimate representation that is probed, and `forward(x)`.
-To try an idea, write a function or class and add one line to the dict of its kind.
-"""
+To try an idea, write a function or a class and add a line to the dict of its kind."""
 import contextlib
 import datetime
+import functools
 import hashlib
 import math
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -26,16 +26,13 @@ class InputError(ValueError):
     """Something a user can put right: a file, a flag, a value. One line that says how."""
 
 
-# ------------------------------------------------------------------------------------------------
-# Random numbers: each draw has a name
-# ------------------------------------------------------------------------------------------------
+# ---- Random numbers: each draw has a name ----------------------------------------------------
 def stream(seed, *name):
     """A torch.Generator for the draw called `name`, e.g. stream(0, "expert", 3, "order", epoch).
 
     Every random number of the project comes from one of these. Nothing then depends on what was
     drawn before, expert i is the same whether 5 or 100 are trained, and an interrupted run needs
-    no generator's state. `.initial_seed()` is the number to seed something else with.
-    """
+    no generator's state. `.initial_seed()` is the number to seed something else with."""
     digest = hashlib.sha256(repr((int(seed), *name)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -47,15 +44,12 @@ def build(make, seed, *name):
         return make()
 
 
-# ------------------------------------------------------------------------------------------------
-# Encoders
-# ------------------------------------------------------------------------------------------------
+# ---- Encoders --------------------------------------------------------------------------------
 class InstanceNorm(nn.Module):
     """Instance norm with affine parameters: GroupNorm with one channel a group (section 5).
 
     Written out, because the compiler fuses these operations with their neighbours and
-    differentiates them twice; nn.GroupNorm is opaque to both.
-    """
+    differentiates them twice; nn.GroupNorm is opaque to both."""
 
     def __init__(self, channels, eps=1e-5):
         super().__init__()
@@ -82,7 +76,7 @@ class ConvNet(nn.Module):
         depth = depth or (4 if image_size >= 64 else 3)
         side = image_size // 2**depth
         if side < 1:
-            raise ValueError(f"{image_size}-pixel images are too small for {depth} 2x2 poolings")
+            raise InputError(f"{image_size}-pixel images are too small for {depth} 2x2 poolings")
         channels = [3] + [width] * depth
         convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels, channels[1:])]
         self.convs = nn.ModuleList(convs)
@@ -101,17 +95,16 @@ class ConvNet(nn.Module):
 
 class ResNet(nn.Module):
     """ResNet for small images: the stem is one 3x3 convolution of stride 1, and max-pooling only
-    where `max_pool` asks (the teacher of TinyImageNet).
+    where `max_pool` asks (the teacher of TinyImageNet). `blocks`: how many in each stage.
 
     features: [B, 8 * width * k^2], the last stage under 4x4 average pooling. k = 1 at 32 pixels:
               at width 64 the teacher's 512 numbers (A.1); k = 2 at 64, as in the authors' code.
-    forward:  a linear map of the features to `out_dim`; the features where that is None.
-    """
+    forward:  a linear map of the features to `out_dim`; the features where that is None."""
 
     def __init__(self, blocks, out_dim=None, image_size=32, width=64, max_pool=False):
         super().__init__()
         if width < 8:     # github.com/uxlfoundation/oneDNN/issues/6035, on CPUs without AVX-512
-            raise ValueError(f"a ResNet of width {width}: below 8, oneDNN's gradient of its "
+            raise InputError(f"a ResNet of width {width}: below 8, oneDNN's gradient of its "
                              "shortcuts writes past its memory")
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
@@ -122,12 +115,12 @@ class ResNet(nn.Module):
                 out, stride = width * 2**stage, 2 if stage > 0 and i == 0 else 1
                 layers.append(BasicBlock(channels, out, stride))
                 if stride > 1:
-                    shortcut = nn.Sequential(conv1x1(channels, out, stride), nn.BatchNorm2d(out))
-                    layers[-1].downsample = shortcut
+                    layers[-1].downsample = nn.Sequential(
+                        conv1x1(channels, out, stride), nn.BatchNorm2d(out))
                 channels = out
         self.layers = nn.Sequential(*layers)
-        side = max(1, image_size // (64 if max_pool else 32))
-        self.feature_dim = channels * side**2
+        k = max(1, image_size // (64 if max_pool else 32))
+        self.feature_dim = channels * k**2
         self.head = nn.Linear(self.feature_dim, out_dim) if out_dim else nn.Identity()
 
     def features(self, x):                                       # [B, 3, H, W], normalised
@@ -139,42 +132,29 @@ class ResNet(nn.Module):
         return self.head(self.features(x))
 
 
-def resnet10(out_dim=None, image_size=32, width=64, max_pool=False):
-    """ResNet-10: one block a stage (Table 5)."""
-    return ResNet([1, 1, 1, 1], out_dim, image_size, width, max_pool)
-
-
-def resnet18(out_dim=None, image_size=32, width=64, max_pool=False):
-    """ResNet-18: two blocks a stage (the teacher; Table 5)."""
-    return ResNet([2, 2, 2, 2], out_dim, image_size, width, max_pool)
-
-
-# make(out_dim, image_size, width). A student that is distilled with has no batch norm.
-ENCODERS = {"convnet": ConvNet, "resnet10": resnet10, "resnet18": resnet18}
+# Name: make(out_dim, image_size, width). One that is distilled with has no batch norm. Each has
+# `features(x)`, the penultimate representation that is probed, `head` and `forward(x)`.
+ENCODERS = {"convnet": ConvNet,
+            "resnet10": functools.partial(ResNet, [1, 1, 1, 1]),
+            "resnet18": functools.partial(ResNet, [2, 2, 2, 2])}
 
 
 def encoder(name, out_dim, image_size):
     """A freshly built encoder of ENCODERS; `name` may end in a width, as in resnet18:16."""
     kind, _, width = name.partition(":")
-    if kind not in ENCODERS or (width and not width.isdecimal()):
+    if kind not in ENCODERS or not (width or "1").isdecimal():
         raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a "
                          "width if you like, as in resnet18:16")
-    try:
-        return ENCODERS[kind](out_dim, image_size, *([int(width)] if width else []))
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from error
+    return ENCODERS[kind](out_dim, image_size, *([int(width)] if width else []))
 
 
-# ------------------------------------------------------------------------------------------------
-# Self-supervision: what the teacher learns by
-# ------------------------------------------------------------------------------------------------
+# ---- Self-supervision: what the teacher learns by --------------------------------------------
 def barlow_twins_loss(z1, z2, lambd):
     """Barlow Twins, Eq. 1: sum_i (1 - F_ii)^2 + lambda * sum_{i != j} F_ij^2.
 
     z1, z2: [B, d], projections of two views of the same B images. F is their [d, d]
     cross-correlation: each output is standardised over the batch first (Zbontar et al. 2021).
-    lambd: weight of the off-diagonal terms; 1/128 on CIFAR, 1/1024 on TinyImageNet.
-    """
+    lambd: weight of the off-diagonal terms; 1/128 on CIFAR, 1/1024 on TinyImageNet."""
     z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
     corr = z1.T @ z2 / len(z1)                                           # F          [d, d]
     on_diagonal = (1 - corr.diagonal()).square().sum()
@@ -186,8 +166,7 @@ def nt_xent_loss(z1, z2, temperature=0.5):
     """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views.
 
     z1, z2: [B, d], projections of two views of the same B images. Each view's positive is the
-    other view of its image; the remaining 2B - 2 views are its negatives.
-    """
+    other view of its image; the remaining 2B - 2 views are its negatives."""
     z = F.normalize(torch.cat([z1, z2]))                                         # [2B, d]
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = (z @ z.T / temperature).masked_fill(itself, float("-inf"))
@@ -216,23 +195,16 @@ def warmup_cosine(step, steps, per_epoch, peak):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def constant(step, steps, per_epoch, peak):
-    """The same rate at every step."""
-    return peak
-
-
 # Name of --ssl: the loss of two views' projections under the settings s, the head, the schedule.
 SSL = {
     "barlow": (lambda z1, z2, s: barlow_twins_loss(z1, z2, s.lambd),
                barlow_projector, warmup_cosine),
     "simclr": (lambda z1, z2, s: nt_xent_loss(z1, z2, s.temperature),
-               simclr_projector, constant),
+               simclr_projector, lambda step, steps, per_epoch, peak: peak),
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# What a student f minimises: the mean of these over images (and dimensions)
-# ------------------------------------------------------------------------------------------------
+# ---- What a student f minimises: the mean of these over images (and dimensions) --------------
 def mse(f, x, y):
     """L_MSE of Eq. 5 before its mean: [B, d] for images x and the teacher's representations y."""
     return (f(x) - y).square()
@@ -256,9 +228,7 @@ OBJECTIVES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------
-# A network as a function of one flat vector
-# ------------------------------------------------------------------------------------------------
+# ---- A network as a function of one flat vector ----------------------------------------------
 def flat_parameters(model):
     """All parameters of `model` copied into one vector theta [P], in their own order."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -268,8 +238,7 @@ def functional(model):
     """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
 
     `model` lends its architecture only. Raises ValueError if it has batch norm, whose running
-    statistics are not in theta: a trajectory of theta would not say what the network is.
-    """
+    statistics are not in theta: a trajectory of theta would not say what the network is."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         raise ValueError("a network with batch norm is no function of its parameters alone, so "
                          "it cannot be distilled with: use InstanceNorm")
@@ -283,9 +252,7 @@ def functional(model):
     return f
 
 
-# ------------------------------------------------------------------------------------------------
-# The training loop
-# ------------------------------------------------------------------------------------------------
+# ---- The training loop -----------------------------------------------------------------------
 def batches(n, batch_size, epochs, seed, name, drop_last=False):
     """(step, indices) of the mini-batches of `epochs` passes over n images in random order."""
     step = 0
@@ -300,8 +267,7 @@ def batches(n, batch_size, epochs, seed, name, drop_last=False):
 def train(loss, optimizer, order, rate=None):
     """One step of `optimizer` on loss(batch, step) for each (step, batch) of `order`.
 
-    rate(step): the learning rate, if it changes. Yields (steps done, {"loss": ...}).
-    """
+    rate(step): the learning rate, if it changes. Yields (steps done, {"loss": ...})."""
     for step, batch in order:
         if rate:
             for group in optimizer.param_groups:
@@ -314,24 +280,21 @@ def train(loss, optimizer, order, rate=None):
 
 
 def compiled(f, on=True):
-    """f, compiled by torch at its first call for the shapes it meets there; f itself for others
+    """f, compiled by torch at its first call, for the shapes it gets there; f itself for others
     (the short last batch), and for all if there is no compiler that works."""
-    if not on:
-        return f
-    fast, first = torch.compile(f, fullgraph=True, dynamic=False), []
+    fast, known = torch.compile(f, fullgraph=True, dynamic=False) if on else f, None
 
     def call(*args):
-        nonlocal fast
+        nonlocal fast, known
         shapes = [a.shape for a in args if torch.is_tensor(a)]
-        first.append(shapes) if not first else None
-        if shapes != first[0] or fast is f:
-            return f(*args)
-        try:
-            return fast(*args)
-        except Exception as error:
-            print(f"not compiled ({first_line(error)}): going on without", flush=True)
-            fast = f
-            return f(*args)
+        known = known or shapes
+        if shapes == known and fast is not f:
+            try:
+                return fast(*args)
+            except Exception as error:
+                print(f"not compiled ({first_line(error)}): going on without", flush=True)
+                fast = f
+        return f(*args)
     return call
 
 
@@ -340,9 +303,7 @@ def first_line(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-# ------------------------------------------------------------------------------------------------
-# Devices and processes: alone, or one of the ranks that torchrun starts
-# ------------------------------------------------------------------------------------------------
+# ---- Devices and processes: alone, or one of the ranks that torchrun starts ------------------
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
@@ -364,6 +325,18 @@ def start(device):
         patience = datetime.timedelta(days=7)                  # others wait while rank 0 works
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     return device
+
+
+@contextlib.contextmanager
+def one_line_errors(script):
+    """What a user can put right ends the program with one line and exit code 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: stopped; the same command goes on")
 
 
 def barrier():
@@ -391,8 +364,7 @@ def sum_over_ranks(tensors):
 def rows_of_all_ranks(z):
     """The rows z [b, d] of every rank, [RANKS * b, d]; gradients flow to this rank's own only.
 
-    A loss of them all has on each rank the gradient of its share: the sum over ranks is whole.
-    """
+    A loss of them all has on each rank the gradient of its share: the sum over ranks is whole."""
     if RANKS == 1:
         return z
     rows = [torch.empty_like(z) for _ in range(RANKS)]
