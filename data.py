@@ -416,21 +416,20 @@ def wedge(x, y, n):
     return np.mod(np.arctan2(y, x), 2 * np.pi / n) - np.pi / n
 
 
-# Name: signed distance, negative inside, in radii, at points x, y, which are r from the centre.
+# Name: signed distance, negative inside, in radii, at points x, y, r from the centre; u, v = |x|, |y|.
 SHAPES = {
-    "disc": lambda x, y, r: r - 0.85,
-    "ring": lambda x, y, r: np.abs(r - 0.75) - 0.2,
-    "square": lambda x, y, r: np.maximum(np.abs(x), np.abs(y)) - 0.75,
-    "frame": lambda x, y, r: np.abs(np.maximum(np.abs(x), np.abs(y)) - 0.68) - 0.18,
-    "triangle": lambda x, y, r: r * np.cos(wedge(x, y, 3)) - np.cos(np.pi / 3),
-    "cross": lambda x, y, r: np.minimum(np.maximum(np.abs(x) - 0.27, np.abs(y) - 0.95),
-                                        np.maximum(np.abs(x) - 0.95, np.abs(y) - 0.27)),
-    "star": lambda x, y, r: r - (0.42 + 0.58 * (np.abs(wedge(x, y, 5)) / (np.pi / 5)) ** 1.5),
-    "crescent": lambda x, y, r: np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y)),
-    "hourglass": lambda x, y, r: np.maximum(np.abs(y) - 0.85,
-                                            np.abs(x) - np.abs(y) * 0.9 - 0.08),
-    "dumbbell": lambda x, y, r: np.minimum(np.hypot(np.abs(x) - 0.62, y) - 0.4,
-                                           np.maximum(np.abs(x) - 0.6, np.abs(y) - 0.14)),
+    "disc": lambda x, y, r, u, v: r - 0.85,
+    "ring": lambda x, y, r, u, v: abs(r - 0.75) - 0.2,
+    "square": lambda x, y, r, u, v: np.maximum(u, v) - 0.75,
+    "frame": lambda x, y, r, u, v: abs(np.maximum(u, v) - 0.68) - 0.18,
+    "triangle": lambda x, y, r, u, v: r * np.cos(wedge(x, y, 3)) - np.cos(np.pi / 3),
+    "cross": lambda x, y, r, u, v: np.minimum(np.maximum(u - 0.27, v - 0.95),
+                                              np.maximum(u - 0.95, v - 0.27)),
+    "star": lambda x, y, r, u, v: r - (0.42 + 0.58 * (abs(wedge(x, y, 5)) / (np.pi / 5)) ** 1.5),
+    "crescent": lambda x, y, r, u, v: np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y)),
+    "hourglass": lambda x, y, r, u, v: np.maximum(v - 0.85, u - v * 0.9 - 0.08),
+    "dumbbell": lambda x, y, r, u, v: np.minimum(np.hypot(u - 0.62, y) - 0.4,
+                                                 np.maximum(u - 0.6, v - 0.14)),
 }
 
 
@@ -461,8 +460,8 @@ def draw_shapes(n, size, rng):
     y = np.cos(angle) * dy - np.sin(angle) * dx
     distance = np.empty((n, size, size), np.float32)
     for k, signed_distance in enumerate(SHAPES.values()):
-        points = x[labels == k], y[labels == k]
-        distance[labels == k] = signed_distance(*points, np.hypot(*points))
+        p, q = x[labels == k], y[labels == k]
+        distance[labels == k] = signed_distance(p, q, np.hypot(p, q), abs(p), abs(q))
     cover = np.clip(0.5 - distance * radius, 0, 1)[..., None].astype(np.float32)  # antialiased
     # A random hue on each, their luma a set distance apart with either one the brighter.
     hues = rng.normal(0, 0.06, (2, n, 1, 1, 3))

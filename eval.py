@@ -536,9 +536,12 @@ def read_results(run_dir):
     """{KEY: line of results.csv, and of the other ranks' files, as a dict}."""
     lines = {}
     for path in sorted(run_dir.glob("results*.csv")):
-        for line in csv.DictReader(io.StringIO(path.read_text())):
-            if None not in line.values():                  # cut off by a kill
-                lines[tuple(line[k] for k in KEY)] = line
+        text = path.read_text()
+        whole = text[:text.rfind("\n") + 1]
+        if whole != text:                                  # the last line was cut off by a kill
+            save_text(path, whole)
+        for line in csv.DictReader(io.StringIO(whole)):
+            lines[tuple(line[k] for k in KEY)] = line
     return lines
 
 
@@ -555,7 +558,7 @@ def evaluate(args):
     for done, (key, seed, wanted) in enumerate(mine):
         try:
             for task, percent, *values in cells(r, *key[:2], seed, tasks, wanted):
-                new = not path.exists()
+                new = not path.exists() or not path.stat().st_size
                 with open(path, "a", newline="") as file:
                     csv.writer(file, lineterminator="\n").writerows(
                         [COLUMNS] * new + [(*key, task, f"{percent:g}", seed, *values)])

@@ -619,8 +619,9 @@ def open_run(s):
 def claim(run, stage):
     """Keeps in config.json what `stage` is made with. Raises InputError if that, or a stage
     before it, was made with something else; says if it was by other code."""
-    made, sources = {"dataset": run.s.dataset, "images": checksum(run.data), "seed": run.s.seed,
-                     "ranks": RANKS}, sorted(Path(__file__).parent.glob("[mde][koav]*.py"))
+    made = {"dataset": run.s.dataset, "images": checksum(run.data), "seed": run.s.seed,
+            "ranks": RANKS}
+    sources = (Path(__file__).with_name(f"{name}.py") for name in ("models", "data", "eval", "mkdt"))
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
     for earlier in [*STAGES][:[*STAGES].index(stage) + 1]:
         made.update({k: getattr(run.s, k) for k, (of, *_) in SETTINGS.items() if of == earlier})

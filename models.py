@@ -75,8 +75,6 @@ class ConvNet(nn.Module):
         super().__init__()
         depth = depth or (4 if image_size >= 64 else 3)
         side = image_size // 2**depth
-        if side < 1:
-            raise InputError(f"{image_size}-pixel images are too small for {depth} 2x2 poolings")
         channels = [3] + [width] * depth
         convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels, channels[1:])]
         self.convs = nn.ModuleList(convs)
@@ -237,10 +235,10 @@ def flat_parameters(model):
 def functional(model):
     """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
 
-    `model` lends its architecture only. Raises ValueError if it has batch norm, whose running
+    `model` lends its architecture only. Raises InputError if it has batch norm, whose running
     statistics are not in theta: a trajectory of theta would not say what the network is."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise ValueError("a network with batch norm is no function of its parameters alone, so "
+        raise InputError("a network with batch norm is no function of its parameters alone, so "
                          "it cannot be distilled with: use InstanceNorm")
     names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()))
     sizes = [shape.numel() for shape in shapes]
