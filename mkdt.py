@@ -89,7 +89,7 @@ DATASETS = {
     "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=128, teacher_lr=3e-3,
                    crop_scale=0.4, gray=1.0, max_pool=1, width=16, experts=24, expert_lr=0.05,
                    expert_batch=64, percent=1.0, init="random", syn_batch=40, syn_lr=0.25,
-                   syn_lr_lr=1e-5, iterations=180, pretrain_epochs=80, pretrain_batch=40),
+                   syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
 ROWS = {
     ("cifar10", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
