@@ -416,7 +416,7 @@ def wedge(x, y, n):
     return np.mod(np.arctan2(y, x), 2 * np.pi / n) - np.pi / n
 
 
-# Name: signed distance, negative inside, in radii, at points x, y, r from the centre; u, v = |x|, |y|.
+# Name: signed distance, in radii, at points x, y, r from the centre; u, v = |x|, |y|.
 SHAPES = {
     "disc": lambda x, y, r, u, v: r - 0.85,
     "ring": lambda x, y, r, u, v: abs(r - 0.75) - 0.2,

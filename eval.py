@@ -502,7 +502,8 @@ def read_run(args):
     mkdt, student = load(run_dir / "distilled.pt"), f"{s.student}:{s.width}"
     r = argparse.Namespace(
         dir=run_dir, s=s, data=data, rows=rows, d=d, losses=init.get("losses"), student=student,
-        make=functools.partial(encoder, student, d, data.image_size), log=Log(run_dir / "log.jsonl"),
+        make=functools.partial(encoder, student, d, data.image_size),
+        log=Log(run_dir / "log.jsonl"),
         z_test=load(test).to(s.device) if test.exists() and rows is not None else None,
         iterations=mkdt["iterations"], made={
             ("mkdt", ""): (mkdt["images"], mkdt.get("targets"), mkdt["lr"]),

@@ -621,8 +621,9 @@ def claim(run, stage):
     before it, was made with something else; says if it was by other code."""
     made = {"dataset": run.s.dataset, "images": checksum(run.data), "seed": run.s.seed,
             "ranks": RANKS}
-    sources = (Path(__file__).with_name(f"{name}.py") for name in ("models", "data", "eval", "mkdt"))
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:8]
+    sources = [Path(__file__).with_name(name).read_bytes()
+               for name in ("models.py", "data.py", "eval.py", "mkdt.py")]
+    code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
     for earlier in [*STAGES][:[*STAGES].index(stage) + 1]:
         made.update({k: getattr(run.s, k) for k, (of, *_) in SETTINGS.items() if of == earlier})
         path = (run.run_dir if earlier in ("teacher", "experts") else run.set_dir) / "config.json"

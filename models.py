@@ -1,6 +1,6 @@
 """Networks, losses and the training loop of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025).
 
-    ENCODERS        ConvNet, the student of section 5; ResNet-10/18, the teacher and Table 5's encoders
+    ENCODERS        ConvNet, the student of section 5; ResNet-10/18, the teacher and Table 5
     SSL             what a teacher learns by: Barlow Twins (Eq. 1), SimCLR (Table 6)
     OBJECTIVES      what a student minimises: Eq. 5; cross-entropy and SimCLR's loss for Figure 1
     functional      a network as a function of one flat parameter vector theta
