@@ -14,11 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 if "MKDT_GPU" not in os.environ:                                    # bits are equal on CPUs only
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# torch's cache does not tell apart what was compiled for another ATEN_CPU_CAPABILITY, and crashes.
+CACHE = f"{tempfile.gettempdir()}/mkdt_tests_{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", CACHE)
 
 import numpy as np
 import pytest
@@ -570,17 +573,6 @@ def test_the_matching_gradient_detaches_what_it_is_given():
         assert all(torch.equal(a, b) and not a.requires_grad for a, b in zip(result, expected))
 
 
-def test_dropping_the_later_steps_terms_is_another_gradient():
-    loss, *rest = matching_problem(6)
-
-    def truncated(theta, x, y, v):                          # TESLA's: v is carried back unchanged
-        hv, gx, gv = mkdt.inner_adjoint(loss)(theta, x, y, v)
-        return torch.zeros_like(hv), gx, gv
-    exact = unrolled_gradient(loss, *rest)
-    result = mkdt.matching_gradient(mkdt.inner_gradient(loss), truncated, *rest)
-    assert relative(result[0], exact[0]) < 1e-9 and relative(result[1], exact[1]) > 1e-2
-
-
 def test_an_inner_step_by_hand_on_a_linear_model():
     # L = (theta x - z)^2, one image: theta' = theta - lr * 2 x (theta x - z)
     loss = mkdt.student_loss(lambda theta, x: theta * x, models.mse)
@@ -647,11 +639,6 @@ def run_distill(tmp_path, iterations, name="a", minutes=5, stop=None, **changes)
         if step == stop:
             break
     return syn, values
-
-
-def test_distillation_lowers_equation_4(tmp_path):
-    losses = [v["loss"] for v in run_distill(tmp_path, 30)[1]]
-    assert len(losses) == 30 and np.mean(losses[-9:]) < 0.95 * np.mean(losses[:9])
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.01])
@@ -827,17 +814,6 @@ def test_pretraining_is_plain_sgd_with_momentum():
         velocity = 0.9 * velocity + torch.func.grad(loss)(theta, images, z) + 1e-4 * theta
         theta = theta - 0.2 * velocity
     assert relative(theta, models.flat_parameters(model)) < 1e-10
-
-
-@pytest.mark.parametrize("ssl", ["barlow", "simclr"])
-def test_pretraining_by_self_supervision_moves_all_weights(tmp_path, ssl):
-    d = tiny_data(tmp_path)
-    net = models.build(lambda: models.ConvNet(8, 16, 8), 0, "a")
-    before = models.flat_parameters(net)
-    s = settings(ssl=ssl, pretrain_batch=23)                          # a last batch of one
-    steps = list(evaluation.pretrain_ssl(net, d.train_images, d, 2, s, 0))
-    assert len(steps) == 2 and float(steps[0][1]["loss"]) > 0
-    assert (models.flat_parameters(net) != before).float().mean() > 0.99
 
 
 def test_finetuning_is_lee_et_als(tmp_path, monkeypatch):
@@ -1230,11 +1206,6 @@ def test_figure_1(copied):
     assert len(rows) == 4 * (3 + 2 + 2)
     variance = [float(row[2].split(",")[2]) for row in rows if row[0] == "variance,"]
     assert all(v > 0 for v in variance)
-
-
-def test_the_variance_of_trajectories_by_hand():
-    thetas = torch.tensor([[[0.0, 0.0], [1.0, 2.0]], [[0.0, 0.0], [3.0, 2.0]]])
-    assert mkdt.variance_of_trajectories(thetas).tolist() == [0.0, 0.5]
 
 
 def test_rivals_sets_and_any_rate(copied, capsys):
