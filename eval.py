@@ -547,7 +547,7 @@ def read_results(run_dir):
 
 
 def evaluate(args):
-    """Computes the cells that results.csv lacks, and prints and keeps the table, results.md."""
+    """Computes the cells that results.csv lacks; returns the table and keeps it as results.md."""
     r = read_run(args)
     (tasks, left_out), there, jobs = read_tasks(r), read_results(r.dir), []
     for kind, seed, name in itertools.product(args.encoders or [r.student], args.seeds, args.sets):
@@ -568,11 +568,11 @@ def evaluate(args):
         if r.log.due() or done + 1 == len(mine):
             r.log("eval", done + 1, len(mine), set=key[0], seed=seed)
     barrier()
+    text = tables(r, list(read_results(r.dir).values())) if RANK == 0 else ""
+    text += "".join(f"Left out: {what} ({why})\n" for what, why in left_out.items())
     if RANK == 0:
-        text = tables(r, list(read_results(r.dir).values()))
-        text += "".join(f"Left out: {what} ({why})\n" for what, why in left_out.items())
         save_text(r.dir / "results.md", text)
-        print(f"\n{text}")
+    return text
 
 
 @functools.lru_cache(maxsize=4)
@@ -894,7 +894,7 @@ def main(argv=None):
     args = parse(argv)
     with one_line_errors("eval.py"), contextlib.redirect_stdout(None if RANK else sys.stdout):
         args.device = start(args.device)
-        evaluate(args)
+        print(f"\n{evaluate(args)}")
 
 
 if __name__ == "__main__":

@@ -1078,7 +1078,7 @@ def test_all_stages_leave_what_readme_promises(finished):
     assert thetas.shape[0] == 3 and thetas.dtype == torch.float32
     text = (folder / "results.md").read_text()
     assert "| No Pre-Training |" in text and "| MKDT |" in text and "− random" in text
-    assert len(lines(finished)) == 2 * 3 * len(evaluation.DEFAULT_SETS)
+    assert len(lines(finished)) == 2 * (3 * 8 + 1)
     with Image.open(folder / "distilled.png") as picture:
         assert picture.size[0] > 900 and picture.size[1] > 190
 
@@ -1265,7 +1265,8 @@ def test_cells_are_kept_one_by_one_and_a_broken_line_is_made_again(copied):
     path = copied / "run" / SET / "results.csv"
     whole = lines(copied)
     path.write_text(path.read_text()[:-30])
-    judge(copied, "--sets", *evaluation.DEFAULT_SETS)
+    judge(copied, "--sets", *evaluation.DEFAULT_SETS[:-1])
+    judge(copied, "--sets", "full", "--seeds", 0)
     again = sorted(map(str, lines(copied)))
     assert again == sorted(map(str, whole))
 
@@ -1383,7 +1384,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
         assert str(one) == str(other) and pickle.dumps(leaves(one)) == pickle.dumps(leaves(other))
     one, other = (sorted(map(str, evaluation.read_results(folder).values())) for folder in (
         tmp_path / "run/10pct_high_loss", tmp_path / "killed/10pct_high_loss"))
-    assert one == other and len(one) == 2 * 3 * len(evaluation.DEFAULT_SETS)
+    assert one == other and len(one) == 2 * (3 * 8 + 1)
 
 
 def leaves(value):
@@ -1433,7 +1434,7 @@ def test_two_ranks_make_a_run_and_its_experts_are_those_of_one(tmp_path):
     said = two.communicate(timeout=200)[0]
     assert two.returncode == 0, said
     assert said.count("distill:") == 1 and "| MKDT |" in said                # rank 0 alone speaks
-    assert len(lines(tmp_path)) == 2 * 3 * len(evaluation.DEFAULT_SETS)
+    assert len(lines(tmp_path)) == 2 * (3 * 8 + 1)
     assert (tmp_path / "run" / SET / "results_1.csv").exists()
     z = tmp_path / "run/representations.pt"
     torch.set_num_threads(1)                        # as the ranks have: threads change the rounding
@@ -1505,4 +1506,4 @@ def test_the_matching_gradient_on_a_gpu():
 @pytest.mark.parametrize("flags", [[], ["--no-compile"]])
 def test_all_stages_run_on_a_gpu(tmp_path, flags):
     run(*at(tmp_path), *TINY[:-1], *flags)
-    assert len(lines(tmp_path)) == 2 * 3 * len(evaluation.DEFAULT_SETS)
+    assert len(lines(tmp_path)) == 2 * (3 * 8 + 1)
