@@ -8,6 +8,7 @@ files that are whole or absent, checkpoints and progress.
 Every data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images
 [N, H, H, 3] and int64 train_labels, test_labels [N]. Put such a file there and nothing is
 downloaded."""
+import glob
 import hashlib
 import json
 import math
@@ -144,8 +145,8 @@ def follow(stage, loop, total, log, checkpoint=None):
         for name in {k: 0 for v in recent for k in v}:
             given = [float(v[name]) for v in recent if name in v]
             means[name] = sum(given) / len(given)
-        recent = []
-        if not all(map(math.isfinite, means.values())) or means.get("lr", 1) <= 0:
+        lowest, recent = min(float(v.get("lr", 1)) for v in recent), []
+        if not all(map(math.isfinite, means.values())) or lowest <= 0:
             raise InputError(f"{stage}: {means} at step {step}: lower its rate, or bound the step "
                              "(--clip); the last checkpoint is of before")
         log(stage, step, total, (step - first) / max(time.monotonic() - began, 1e-9), **means)
@@ -265,14 +266,14 @@ def read_npz(path):
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-        train = arrays["train_images"]
+        train = arrays["train_images"][:]                      # it has rows
     except Exception as error:                                 # zip, zlib, pickle, numpy
         raise InputError(f"{path} is not a whole .npz with train_images "
                          f"({first_line(error)})") from error
     checked, classes = {}, []
     for split in ("train", "test"):
         x = arrays.get(f"{split}_images", train[:0])
-        y = arrays.get(f"{split}_labels", np.full(len(x), -1))
+        y = arrays.get(f"{split}_labels", np.full(x.shape[:1], -1))
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (train.shape[1],) * 2 + (3,) or \
                 y.shape != x.shape[:1] or y.dtype.kind not in "iu":
             raise InputError(f"{path}: expected {split}_images uint8 [N, H, H, 3] of one size and "
@@ -326,7 +327,8 @@ def folder_items(folder):
     """train/<class>/* and test/<class>/*, or train/* without classes, in sorted order."""
     items = {}
     for split in ("train", "test"):
-        paths = [p for p in sorted((folder / split).rglob("*"))
+        inside = glob.glob(f"{glob.escape(str(folder / split))}/**", recursive=True)
+        paths = [p for p in sorted(map(Path, inside))          # rglob follows no links
                  if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")]
         if split == "train":
             names = sorted({p.parent.name for p in paths if p.parent != folder / "train"})

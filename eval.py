@@ -376,7 +376,7 @@ def read_teacher(r):
 def parse_set(name):
     """(kind, argument, rate) of a set's name: ("subset", "sas.pkl", "0.3") for
     subset:sas.pkl@0.3. Raises InputError if there is no such set."""
-    stem, rate = re.fullmatch(r"(.*?)(?:@(mkdt|[\d.e-]+))?", name).groups()
+    stem, rate = re.fullmatch(r"(.*?)(?:@(mkdt|\d*\.?\d+(?:e-?\d+)?))?", name).groups()
     kind, _, argument = stem.partition(":")
     allowed = {"random": r"|ssl(:[1-9]\d*)?", "krr_st": r"|[1-9]\d*", "dm": r"|[1-9]\d*",
                "subset": ".+", "distilled": ".+", "raw": ".+"}.get(kind, "")
@@ -508,6 +508,8 @@ def read_run(args):
         iterations=mkdt["iterations"], made={
             ("mkdt", ""): (mkdt["images"], mkdt.get("targets"), mkdt["lr"]),
             ("initial", ""): (init["images"], init.get("targets"), None)})
+    for kind in s.encoders or ():
+        encoder(kind, d, data.image_size)
     for name in s.sets:                                    # what cannot work is refused first
         kind, argument, _ = parse_set(name)
         if kind in ("distilled", "raw", *RIVALS):
@@ -595,7 +597,7 @@ def cells(r, name, kind, seed, tasks, wanted):
     net, loss = student(kind, d, size, objective, s.device, compile)
     fresh = build(lambda: encoder(kind, d, size), seed, "evaluation encoder")
     net.train().load_state_dict(fresh.state_dict())
-    loop, ssl = (), argument.startswith("ssl")
+    loop, ssl = (), parse_set(name)[0] == "random" and argument
     if ssl:
         loop = pretrain_ssl(net, images, r.data, int(argument[4:] or 1000), s, seed)
     elif images is not None:
@@ -842,6 +844,8 @@ def paper_value(r, name, about, task, labels):
         return ""
     kind, (row, iterations) = "convnet" if kind == "convnet:128" else kind, row
     if (s.teacher_width, s.representations) != (64, "") and row not in ("none", "mtt_ssl"):
+        return ""
+    if s.objective != "mse" and row not in ("none", "mtt_ssl"):
         return ""
     if iterations not in (None, 5000 if kind == "convnet" else 1000):
         return ""

@@ -115,7 +115,8 @@ def train_teacher(network, optimizer, data, s, first=0):
 
     Both views go through it as one batch, so batch norm sees them together; the loss is float32.
     Ranks share each batch, and F or the negatives are of all of them. Yields as `train`."""
-    n, size = len(data.train_images), min(s.teacher_batch, len(data.train_images))
+    n = len(data.train_images)
+    size = min(s.teacher_batch, n) // RANKS * RANKS                      # equal shares
     loss_of, _, schedule = SSL[s.ssl]
 
     def loss(batch, step):
@@ -156,7 +157,7 @@ def teacher_stage(run):
                             optimizer=optimizer)
     first, n = checkpoint.restore(), len(data.train_images)
     network = compiled(model, s.compile and s.device.type == "cuda" and RANKS == 1)
-    steps = s.teacher_epochs * (n // min(s.teacher_batch, n))
+    steps = s.teacher_epochs * (n // (min(s.teacher_batch, n) // RANKS * RANKS))
     loop = train_teacher(network, optimizer, data, s, first)
     for step, values in follow("teacher", loop, steps, run.log, checkpoint):
         if data.labelled and step % max(1, steps // 10) == 0:
@@ -196,8 +197,8 @@ def read_representations(path, data):
     """--representations FILE, in the order of the training images."""
     try:
         z = np.load(path) if path.endswith(".npy") else load(path)
-        z = torch.as_tensor(z).float()
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        z = torch.atleast_1d(torch.as_tensor(z).float())
+    except (OSError, EOFError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--representations {path} holds no array of numbers ({error})") from error
     if len(z) != len(data.train_images):
         raise InputError(f"--representations {path}: {len(z)} rows for {len(data.train_images)} "
@@ -434,7 +435,7 @@ def distill_stage(run):
                     "iterations": iterations}) if RANK == 0 else None
 
     for step, values in follow("distill", loop, s.iterations, run.log, checkpoint):
-        if step % 1000 == 0:
+        if step % 1000 == 0 and values["moved"].isfinite() and values["lr"] > 0:
             keep(run.set_dir / f"distilled_{step:05d}.pt", step)
     if RANK == 0:
         draw_results(run, init["images"], syn.images.cpu())
@@ -479,14 +480,17 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 # ---- Pictures --------------------------------------------------------------------------------
 def draw_results(run, before, after):
     """distilled.png: rows of images as they began, each above the same distilled; curves.png."""
-    rows = torch.stack([before[:20], after[:20]], dim=1).split(10)      # [10, 2, 3, H, W] each
+    shown = min(len(before), 20) // 10 * 10 or len(before)              # whole rows
+    rows = torch.stack([before[:shown], after[:shown]], dim=1).split(10)  # [10, 2, 3, H, W]
     tiles = torch.cat([row.transpose(0, 1).flatten(0, 1) for row in rows])
     tiles = denormalize(tiles, run.data.mean, run.data.std).clamp(0, 1)
     zoomed = tiles.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
     grid = make_grid(zoomed, nrow=len(rows[0]), pad_value=1)
     write_file(run.set_dir / "distilled.png", lambda file: save_image(grid, file, format="png"))
-    lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
-    lines = [line for line in lines if line["stage"] == "distill"]
+    lines = []
+    for line in run.log.path.read_text().splitlines():
+        with contextlib.suppress(ValueError):                      # one that a kill cut off
+            lines += [x for x in [json.loads(line)] if x["stage"] == "distill"]
     draw_plot(run.set_dir / "curves.png", "iteration", {name: {"": [
         (line["step"], line[name]) for line in lines]} for name in ("loss", "lr", "moved")})
 
@@ -590,9 +594,12 @@ def resolve(dataset, given):
                 value == 0 and name not in zero):
             raise InputError(f"--{name.replace('_', '-')} {value} must be finite and "
                              f"{'at least 0' if name in zero else 'positive'}")
-    for name, choices in (("ssl", SSL), ("objective", OBJECTIVES), ("init", STARTS)):
+    for name, choices in (("ssl", SSL), ("objective", OBJECTIVES), ("init", STARTS),
+                          ("bf16", ("on", "off", "auto"))):
         if getattr(s, name) not in choices:
             raise InputError(f"--{name} {getattr(s, name)}: choose from {', '.join(choices)}")
+    if s.crop_scale > 1:
+        raise InputError(f"--crop-scale {s.crop_scale} must be at most 1")
     if s.max_start_epoch + s.match_epochs > s.expert_epochs:
         raise InputError(f"T+ + M = {s.max_start_epoch + s.match_epochs} lies beyond the experts' "
                          f"last epoch: raise --expert-epochs {s.expert_epochs}")
