@@ -44,8 +44,7 @@ SETS = {
     "mkdt": "the run's distilled set",
     "full": "all training images",
 }
-DEFAULT_SETS = ("none random random@mkdt high_loss high_loss@mkdt initial initial@mkdt mkdt "
-                "full").split()
+DEFAULT_SETS = "none random random@mkdt high_loss high_loss@mkdt initial initial@mkdt mkdt".split()
 METHODS = {"none": "No Pre-Training", "random": "Random Subset", "high_loss": "High Loss Subset",
            "random:ssl": "Random Subset (SSL)", "krr_st": "KRR-ST", "mkdt": "MKDT",
            "initial": "Initial Images", "dm": "DM (no labels)", "full": "Full Data"}

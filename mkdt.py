@@ -459,17 +459,15 @@ def new_syn(images, s):
 
 # ---- 5. Evaluation (section 5; eval.py) ------------------------------------------------------
 def eval_stage(run):
-    """SET/results.csv and results.md: the distilled set beside its baselines, with three seeds;
-    the full data, which takes longest, with one."""
+    """SET/results.csv and results.md: the distilled set beside its baselines (but for the full
+    data, which takes longest: eval.py --sets full)."""
     if not run.data.labelled:
         return print(f"eval: {run.data.name} has no labels in both splits; to probe on another:\n"
                      f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
     flags = ["--run-dir", str(run.set_dir), "--paired", "--data-dir", str(run.s.data_dir)]
     args = evaluation.parse(flags + ["--no-compile"] * (not run.s.compile))
     args.device = run.s.device
-    for args.sets, args.seeds in ((["full"], [0]), (evaluation.DEFAULT_SETS[:-1], [0, 1, 2])):
-        table = evaluation.evaluate(args)
-    print(f"\n{table}\nresults: {run.set_dir / 'results.md'}\n"
+    print(f"\n{evaluation.evaluate(args)}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
 
 
