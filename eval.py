@@ -62,13 +62,13 @@ def pretrain(encoder, loss, n, examples, lr, s, seed):
                  optimizer, order)
 
 
-def pretrain_ssl(encoder, images, data, epochs, s, seed):
+def pretrain_ssl(encoder, images, data, lr, epochs, s, seed):
     """Trains `encoder` by the teacher's self-supervised loss on uint8 `images` alone: appendix
-    B's "Random (SSL Pre-training)". Adam at 1e-3, weight decay 1e-6. Yields as `train`."""
+    B's "Random (SSL Pre-training)". Adam, weight decay 1e-6. Yields as `train`."""
     loss_of, projector, _ = SSL[s.ssl]
     head = build(lambda: projector(encoder.head.out_features), seed, "evaluation projector")
     network = torch.nn.Sequential(encoder, head.to(images.device))
-    optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-6)
+    optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=1e-6)
 
     def loss(batch, step):
         draw = stream(seed, "pretrain views", step).initial_seed()
@@ -455,10 +455,11 @@ def read_distilled(path):
             lr = float(torch.as_tensor(load(rate)).mean())
     for x, dims in ((images, (4,)), (y, (1, 2))):
         if not torch.is_tensor(x) or x.dim() not in dims or len(x) != len(images) or \
-                not x.isfinite().all():
+                not x.isfinite().all() or images.dim() != 4 or images.shape[1] != 3:
             raise InputError(f"{path}: expected finite images [n, 3, H, H] and targets [n, d], or "
                              "labels [n]")
-    return images.detach().float(), y.detach() if y.dim() == 1 else y.detach().float(), lr
+    y = y.detach().long() if y.dim() == 1 else y.detach().float()
+    return images.detach().float(), y, lr
 
 
 def read_made(r, name):
@@ -551,6 +552,7 @@ def evaluate(args):
     """Computes the cells that results.csv lacks; returns the table and keeps it as results.md."""
     r = read_run(args)
     (tasks, left_out), there, jobs = read_tasks(r), read_results(r.dir), []
+    barrier()                                              # until every rank has read
     for kind, seed, name in itertools.product(args.encoders or [r.student], args.seeds, args.sets):
         key = name, kind, args.protocol, str(r.s.pretrain_epochs)
         wanted = {t: [p for p in args.labels if (*key, t, f"{p:g}", str(seed)) not in there]
@@ -598,7 +600,7 @@ def cells(r, name, kind, seed, tasks, wanted):
     net.train().load_state_dict(fresh.state_dict())
     loop, ssl = (), parse_set(name)[0] == "random" and argument
     if ssl:
-        loop = pretrain_ssl(net, images, r.data, int(argument[4:] or 1000), s, seed)
+        loop = pretrain_ssl(net, images, r.data, lr, int(argument[4:] or 1000), s, seed)
     elif images is not None:
         loop = pretrain(net, loss, len(images), examples_of(s, r.data, images, y), lr, s, seed)
     for step, values in loop:
@@ -845,6 +847,10 @@ def paper_value(r, name, about, task, labels):
     if (s.teacher_width, s.representations) != (64, "") and row not in ("none", "mtt_ssl"):
         return ""
     if s.objective != "mse" and row not in ("none", "mtt_ssl"):
+        return ""
+    if s.teacher_epochs != {"barlow": 1000, "simclr": 400}.get(s.ssl) and row != "none":
+        return ""
+    if row in ("mkdt", "mkdt_random") and s.experts != 100:
         return ""
     if iterations not in (None, 5000 if kind == "convnet" else 1000):
         return ""

@@ -74,7 +74,7 @@ SETTINGS = {
     "syn_momentum": ("distill", 0.5, "momentum of both"),
     "syn_batch": ("distill", 256, "distilled images a step"),
     "clip": ("distill", 0.1, "most that an iteration moves an image, in standard deviations, "
-             "and alpha_syn, in shares of itself; 0: no bound (the paper)"),
+             "and alpha_syn, in shares of itself, before momentum; 0: no bound (the paper)"),
     "iterations": ("", 5000, "S, the number of distillation iterations; may be raised later"),
     "pretrain_epochs": ("distill", 20, "epochs of pre-training on the distilled set (Eq. 9)"),
     "pretrain_batch": ("distill", 256, "images a pre-training step"),
@@ -400,10 +400,10 @@ def draw_batches(n, steps, batch_size, rng):
 
 
 def bound(grad_images, grad_lr, lr, s):
-    """--clip: the gradients [n, ...] and [], scaled so that this iteration moves no image by more
-    than s.clip (root mean square, in standard deviations) and the rate by no more than that share
-    of itself; and how many images that touched. One start at t = 0 can have gradients hundreds of
-    times the usual, which would ruin the images at once."""
+    """--clip: the gradients [n, ...] and [], scaled so that, before momentum, this iteration moves
+    no image by more than s.clip (root mean square, in standard deviations) and the rate by no more
+    than that share of itself; and how many images that touched. One start at t = 0 can have
+    gradients hundreds of times the usual, which would ruin the images at once."""
     if not s.clip:
         return grad_images, grad_lr, torch.zeros_like(grad_lr)
     size = s.pixel_lr * grad_images.flatten(1).square().mean(dim=1).sqrt()               # [n]
@@ -664,7 +664,8 @@ def parse(argv):
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
     add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
     add("--log-seconds", type=float, default=10.0, help="between progress lines (default: 10)")
-    groups = {of: parser.add_argument_group(f"settings of {of}") for of, *_ in SETTINGS.values()}
+    groups = {of: parser.add_argument_group(f"settings of {of or 'length'}")
+              for of, *_ in SETTINGS.values()}
     for name, (of, default, text) in SETTINGS.items():
         shown = f"{default:.4g}" if isinstance(default, float) else default
         groups[of].add_argument(f"--{name.replace('_', '-')}", type=type(default),

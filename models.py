@@ -140,7 +140,7 @@ ENCODERS = {"convnet": ConvNet,
 def encoder(name, out_dim, image_size):
     """A freshly built encoder of ENCODERS; `name` may end in a width, as in resnet18:16."""
     kind, _, width = name.partition(":")
-    if kind not in ENCODERS or not (width or "1").isdecimal():
+    if kind not in ENCODERS or not (width or "1").isdecimal() or width == "0":
         raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a "
                          "width if you like, as in resnet18:16")
     return ENCODERS[kind](out_dim, image_size, *([int(width)] if width else []))
