@@ -8,8 +8,6 @@ files that are whole or absent, checkpoints and progress.
 Every data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images
 [N, H, H, 3] and int64 train_labels, test_labels [N]. Put such a file there and nothing is
 downloaded."""
-import glob
-import hashlib
 import json
 import math
 import os
@@ -25,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
 
 from models import RANK, InputError, first_line, rank_0_first
@@ -77,43 +75,15 @@ def read_json(path):
 
 
 # ---- Training loops are generators of (step, {name: value}); this is what follows them -------
-class Checkpoint:
-    """The state of a loop in one file, written every so many minutes.
+class Log:
+    """A progress line every so many seconds on the screen, and the same as JSON lines in `path`.
+    minutes: between two checkpoints of `follow`."""
 
-    state: tensors (changed in place) and what has a state_dict."""
-
-    def __init__(self, path, minutes, **state):
-        self.path, self.seconds, self.state = Path(path), 60 * minutes, state
-        self.last = time.monotonic()
+    def __init__(self, path=None, seconds=10.0, minutes=5.0):
+        self.path, self.seconds, self.minutes, self.last = path, seconds, minutes, -math.inf
 
     def due(self):
         return time.monotonic() - self.last >= self.seconds
-
-    def save(self, step):
-        state = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in self.state.items()}
-        save(self.path, {"step": step, **state})
-        self.last = time.monotonic()
-
-    @torch.no_grad()
-    def restore(self):
-        """Puts what was saved into the state and returns its step; 0 if there is no file."""
-        if not self.path.exists():
-            return 0
-        saved = load(self.path)
-        for name, part in self.state.items():
-            (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved[name])
-        print(f"resuming from {self.path} at step {saved['step']}", flush=True)
-        return saved["step"]
-
-
-class Log:
-    """A progress line an interval on the screen, and the same as JSON lines in `path`."""
-
-    def __init__(self, path=None, interval=10.0):
-        self.path, self.interval, self.last = path, interval, -math.inf
-
-    def due(self):
-        return time.monotonic() - self.last >= self.interval
 
     def __call__(self, stage, step, total, rate=0.0, **values):
         """rate: steps a second."""
@@ -128,30 +98,45 @@ class Log:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
 
-def follow(stage, loop, total, log, checkpoint=None):
-    """Yields what `loop` yields, (step, {name: value}), and logs and saves it when that is due.
+def follow(stage, loop, total, log, path=None, **state):
+    """Yields what `loop` yields, (step, {name: value}); logs it, and saves `state` (see `restore`)
+    in the file `path`, when that is due.
 
     Only then are values read from the device: means since the last line. Raises InputError where
-    one is not finite, or a learned rate "lr" not positive, so that no such state is ever saved."""
-    recent, began, first = [], time.monotonic(), None
+    one is not finite, or a learned rate "lr" not positive: no such state is ever saved."""
+    recent, first, began = [], None, time.monotonic()
+    saved = began
     for step, values in loop:
-        yield step, values                     # the caller may add to them, or take a snapshot
+        yield step, values                     # the caller may take a snapshot first
         first = step - 1 if first is None else first
         recent.append(values)
-        due = checkpoint and (checkpoint.due() or step == total)
+        now = time.monotonic()
+        due = path and (now - saved >= 60 * log.minutes or step == total)
         if not (due or log.due() or step == total):
             continue
-        means = {}
-        for name in {k: 0 for v in recent for k in v}:
-            given = [float(v[name]) for v in recent if name in v]
-            means[name] = sum(given) / len(given)
-        lowest, recent = min(float(v.get("lr", 1)) for v in recent), []
-        if not all(map(math.isfinite, means.values())) or lowest <= 0:
+        means = {k: float(sum(v[k] for v in recent)) / len(recent) for k in values}
+        rate, recent = float(values.get("lr", 1)), []
+        if not all(map(math.isfinite, means.values())) or rate <= 0:
             raise InputError(f"{stage}: {means} at step {step}: lower its rate, or bound the step "
                              "(--clip); the last checkpoint is of before")
-        log(stage, step, total, (step - first) / max(time.monotonic() - began, 1e-9), **means)
+        log(stage, step, total, (step - first) / max(now - began, 1e-9), **means)
         if due and RANK == 0:
-            checkpoint.save(step)
+            tensors = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in state.items()}
+            save(path, {"step": step, **tensors})
+            saved = time.monotonic()
+
+
+@torch.no_grad()
+def restore(path, **state):
+    """Puts what `follow` saved into `state`: tensors, changed in place, and what has a state_dict.
+    Returns the step it was saved at, 0 if there is no such file."""
+    if not Path(path).exists():
+        return 0
+    saved = load(path)
+    for name, part in state.items():
+        (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved[name])
+    print(f"resuming from {path} at step {saved['step']}", flush=True)
+    return saved["step"]
 
 
 # ---- A data set ------------------------------------------------------------------------------
@@ -166,14 +151,15 @@ STATISTICS = {
 
 @dataclass
 class Dataset:
-    """Images uint8 [N, 3, H, H] (channels last in memory), labels int64 [N] (-1: unknown)."""
+    """Images uint8 [N, 3, H, H] (channels last in memory), labels int64 [N] (-1: unknown); mean
+    and std [3, 1, 1] of pixels in [0, 1]."""
     name: str
     train_images: torch.Tensor
     train_labels: torch.Tensor
     test_images: torch.Tensor
     test_labels: torch.Tensor
-    mean: tuple
-    std: tuple
+    mean: torch.Tensor
+    std: torch.Tensor
 
     @property
     def image_size(self):
@@ -192,19 +178,11 @@ class Dataset:
     def normalize(self, images):
         """uint8 [B, 3, H, H], or floats in [0, 1] -> normalised float32."""
         images = images if images.is_floating_point() else images.float() / 255
-        return normalize(images, self.mean, self.std)
+        return (images - self.mean) / self.std
 
-
-def normalize(images, mean, std):
-    """(images - mean) / std per channel, for images [B, 3, H, W] in [0, 1]."""
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
-    return (images - mean) / std
-
-
-def denormalize(images, mean, std):
-    """The inverse of `normalize`."""
-    mean, std = (images.new_tensor(v)[:, None, None] for v in (mean, std))
-    return images * std + mean
+    def denormalize(self, images):
+        """The inverse of `normalize`, in [0, 1]."""
+        return images * self.std + self.mean
 
 
 def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images=0):
@@ -214,40 +192,38 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     image_size: the side to squash to; 0: its own (32 for folders). train_images: the first so
     many only, 0 for all. Raises InputError if it cannot be had."""
     path, title = Path(name), Path(name).resolve().name
-    if name in OFFICIAL:
-        size = image_size or OFFICIAL[name][1]
-        called = name if size == OFFICIAL[name][1] else f"{name}-{size}px"
-        arrays = cached(Path(data_dir, f"{called}.npz"), lambda: official(name, data_dir), size)
-    elif path.suffix == ".npz":
+    if path.suffix == ".npz":
         arrays, title = read_npz(path), path.stem
-    elif path.is_dir():
-        size, items = image_size or 32, folder_items(path)
-        listing = [(str(p), p.stat().st_mtime_ns) for split in items.values() for p, _ in split]
-        version = hashlib.sha256(repr(listing).encode()).hexdigest()[:8]     # changed: read again
-        arrays = cached(Path(data_dir, f"{title}-{size}px-{version}.npz"), lambda: items, size)
     else:
-        raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a folder "
-                         "with train/ (and test/) inside, or an .npz file")
-    if image_size not in (0, arrays["train_images"].shape[1]):
-        raise InputError(f"{name} has {arrays['train_images'].shape[1]}-pixel images: leave out "
-                         f"--image-size {image_size}")
+        if name in OFFICIAL:
+            items, side, version = lambda: official(name, data_dir), OFFICIAL[name][1], ""
+        elif path.is_dir():
+            found, side = folder_items(path), 32
+            listing = [(p, os.path.getmtime(p)) for split in found.values() for p, _ in split]
+            items, version = lambda: found, f"-{zlib.crc32(repr(listing).encode()):08x}"
+        else:
+            raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a "
+                             "folder with train/ (and test/) inside, or an .npz file")
+        size = image_size or side
+        called = f"{title}{version}" + f"-{size}px" * (size != side)
+        arrays = cached(Path(data_dir, f"{called}.npz"), items, size)
+    images = arrays["train_images"][:train_images or None]
+    if image_size not in (0, images.shape[1]):
+        raise InputError(f"{name} has {images.shape[1]}-pixel images: leave out --image-size "
+                         f"{image_size}")
     mean, std = STATISTICS.get(name) or channel_statistics(arrays["train_images"])
-    keep = {"train_images": train_images or None, "train_labels": train_images or None}
-    tensors = {k: torch.from_numpy(v[:keep.get(k)]).to(device) for k, v in arrays.items()}
+    arrays.update(train_images=images, train_labels=arrays["train_labels"][:len(images)])
+    tensors = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
     tensors = {k: v.permute(0, 3, 1, 2) if v.dim() == 4 else v for k, v in tensors.items()}
-    return Dataset(title, mean=mean, std=std, **tensors)
+    return Dataset(title, **tensors, mean=torch.tensor(mean, device=device)[:, None, None],
+                   std=torch.tensor(std, device=device)[:, None, None])
 
 
-def channel_statistics(images):
-    """Mean and deviation per channel, in [0, 1], of uint8 images [N, H, W, 3]."""
-    value, mean, std = np.arange(256) / 255, [], []
-    for channel in range(3):
-        counts = np.bincount(images[..., channel].ravel(), minlength=256)
-        share = counts / images[..., channel].size
-        mean.append(float(share @ value))
-        variance = float(share @ (value - mean[-1]) ** 2)
-        std.append(max(variance ** 0.5, 1e-3))                # a constant channel stays finite
-    return tuple(mean), tuple(std)
+def channel_statistics(images, most=10_000):
+    """Mean and deviation per channel, in [0, 1], of uint8 images [N, H, W, 3], of `most` of them
+    at even distances."""
+    sample = images[::len(images) // most + 1] / 255
+    return sample.mean(axis=(0, 1, 2)).tolist(), sample.std(axis=(0, 1, 2)).clip(1e-3).tolist()
 
 
 def cached(path, items, size):
@@ -260,9 +236,7 @@ def cached(path, items, size):
 
 
 def read_npz(path):
-    """The four arrays of an .npz, checked; labels (-1) and test images may be missing.
-
-    Classes are numbered from 0 without gaps in the order of their labels."""
+    """The four arrays of an .npz, checked; labels (-1) and test images may be missing."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -270,7 +244,7 @@ def read_npz(path):
     except Exception as error:                                 # zip, zlib, pickle, numpy
         raise InputError(f"{path} is not a whole .npz with train_images "
                          f"({first_line(error)})") from error
-    checked, classes = {}, []
+    checked = {}
     for split in ("train", "test"):
         x = arrays.get(f"{split}_images", train[:0])
         y = arrays.get(f"{split}_labels", np.full(x.shape[:1], -1))
@@ -279,13 +253,7 @@ def read_npz(path):
             raise InputError(f"{path}: expected {split}_images uint8 [N, H, H, 3] of one size and "
                              f"{split}_labels integers [N], not {x.dtype} {list(x.shape)} and "
                              f"{y.dtype} {list(y.shape)}")
-        if split == "train":
-            classes = np.unique(y[y >= 0])
-        known = (y >= 0) & (len(classes) > 0)
-        if not np.isin(y[known], classes).all():
-            raise InputError(f"{path}: test_labels hold a class without a training image")
-        checked[f"{split}_images"] = x
-        checked[f"{split}_labels"] = np.where(known, np.searchsorted(classes, y), -1)
+        checked.update({f"{split}_images": x, f"{split}_labels": y.astype(np.int64)})
     return checked
 
 
@@ -295,11 +263,30 @@ def checksum(data):
     return f"{zlib.crc32(images.numpy()):08x}"
 
 
+def read_representations(path, data):
+    """--representations FILE, in the order of the training images."""
+    try:
+        z = torch.as_tensor(np.load(path) if path.endswith(".npy") else load(path)).float()
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"--representations {path} holds no array of numbers ({error})") from error
+    if z.shape[:1] != data.train_images.shape[:1]:
+        raise InputError(f"--representations {path}: {list(z.shape)} numbers for "
+                         f"{len(data.train_images)} training images")
+    return z
+
+
+def check_representations(z, source):
+    """InputError if representations are not [n, d], finite, and more than one point."""
+    if z.dim() != 2 or not z.isfinite().all() or (z == z[0]).all():
+        raise InputError(f"{source}: representations must be [n, d], finite and not all alike, "
+                         f"unlike these {list(z.shape)}")
+
+
 # ---- Where images come from: {"train": [(picture or path, label), ...], "test": [...]} -------
 def decode(items, size):
     """The four arrays of `items`: RGB, squashed to `size` with Lanczos, by several threads."""
-    def read(picture):
-        array = isinstance(picture, np.ndarray)
+    def read(item):
+        picture, array = item[0], isinstance(item[0], np.ndarray)
         try:
             with Image.fromarray(picture) if array else Image.open(picture) as image:
                 if image.mode.startswith("I"):             # 16 bit: PIL would cut off at 255
@@ -309,15 +296,13 @@ def decode(items, size):
                     image = image.resize((size, size), Image.Resampling.LANCZOS)
                 return np.asarray(image)
         except Exception as error:                         # PIL raises almost anything
-            raise InputError(f"cannot read the image {picture if not array else 'given'} "
+            raise InputError(f"cannot read the image {'given' if array else picture} "
                              f"({first_line(error)}): repair or remove it") from error
 
     arrays = {}
     with ThreadPoolExecutor() as pool:
         for split, pairs in items.items():
-            images = np.empty((len(pairs), size, size, 3), np.uint8)
-            for i, image in enumerate(pool.map(read, [picture for picture, _ in pairs])):
-                images[i] = image
+            images = np.array([*pool.map(read, pairs)], np.uint8).reshape(-1, size, size, 3)
             labels = np.array([label for _, label in pairs], np.int64)
             arrays.update({f"{split}_images": images, f"{split}_labels": labels})
     return arrays
@@ -325,20 +310,15 @@ def decode(items, size):
 
 def folder_items(folder):
     """train/<class>/* and test/<class>/*, or train/* without classes, in sorted order."""
-    items = {}
-    for split in ("train", "test"):
-        inside = glob.glob(f"{glob.escape(str(folder / split))}/**", recursive=True)
-        paths = [p for p in sorted(map(Path, inside))          # rglob follows no links
-                 if p.suffix.lower() in IMG_EXTENSIONS and not p.name.startswith(".")]
-        if split == "train":
-            names = sorted({p.parent.name for p in paths if p.parent != folder / "train"})
-        places = {folder / split / name: label for label, name in enumerate(names)}
-        places = places or {folder / split: -1}
-        for p in paths:
-            if p.parent not in places:
-                raise InputError(f"{p} has no place: expected <class>/* with the classes of train/ "
-                                 "in both splits, or no folders in either")
-        items[split] = [(p, places[p.parent]) for p in paths]
+    splits, items = [folder / split for split in ("train", "test")], {}
+    classes = {path.name: i for i, path in enumerate(
+        sorted(path for path in splits[0].glob("*") if path.is_dir()))}
+    for split in splits:
+        if classes:
+            items[split.name] = make_dataset(str(split), classes, IMG_EXTENSIONS, allow_empty=True)
+        else:
+            items[split.name] = [(path, -1) for path in sorted(split.glob("*"))
+                                 if path.suffix.lower() in IMG_EXTENSIONS]
     if len(items["train"]) < 2:
         raise InputError(f"{folder}/train holds {len(items['train'])} images: expected <class>/*, "
                          "or images without folders")
@@ -355,29 +335,24 @@ def official(name, data_dir):
                          f"archive, or {name}.npz, into {data_dir}/; README, \"Data\"") from error
 
 
-def fetched(data_dir, folder, *archives):
-    """data_dir/folder: as it lies there, or downloaded ((address, md5), ...) and unpacked."""
-    if not (data_dir / folder).is_dir():
-        with tempfile.TemporaryDirectory(dir=data_dir) as beside:      # whole or not there
-            for url, md5 in archives:
-                download_and_extract_archive(url, data_dir, beside, md5=md5)
-            inside = Path(beside, folder)
-            (inside if inside.is_dir() else Path(beside)).rename(data_dir / folder)
-            Path(beside).mkdir(exist_ok=True)
-    return data_dir / folder
+def fetched(folder, *archives):
+    """`folder`, into which the archives ((address, md5), ...) are downloaded and unpacked."""
+    for url, md5 in archives:
+        download_and_extract_archive(url, folder, md5=md5)
+    return folder
 
 
-def from_torchvision(make, train, test, pairs, **options):
+def from_torchvision(make, option, train, test, pairs, **options):
     """A reader of one of torchvision's data sets, of which pairs(it) are the items."""
-    return lambda data_dir: {"train": pairs(make(data_dir, **train, **options)),
-                             "test": pairs(make(data_dir, **test, **options))}
+    return lambda data_dir: {split: pairs(make(data_dir, **{option: value}, **options))
+                             for split, value in (("train", train), ("test", test))}
 
 
 def tinyimagenet(data_dir):
     """The validation images are the test split, as everywhere."""
-    root = fetched(data_dir, "tiny-imagenet-200",
-                   ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-                    "90528d7ca1a48142e341f4ef8d21d0de"))
+    root = fetched(data_dir / "tinyimagenet", (
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"))
+    root = root / "tiny-imagenet-200"
     wnids = sorted(p.name for p in (root / "train").iterdir())
     train = [(p, i) for i, wnid in enumerate(wnids)
              for p in sorted((root / "train" / wnid / "images").iterdir())]
@@ -389,9 +364,9 @@ def tinyimagenet(data_dir):
 
 def cub2011(data_dir):
     """CUB-200-2011 in its official split."""
-    root = fetched(data_dir, "CUB_200_2011",
-                   ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-                    "97eceeb196236b17998738112f37df78"))
+    address = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+    root = fetched(data_dir / "cub2011", (address, "97eceeb196236b17998738112f37df78"))
+    root = root / "CUB_200_2011"
     paths, classes, in_train = (
         dict(line.split() for line in (root / file).read_text().splitlines())
         for file in ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
@@ -403,8 +378,7 @@ def cub2011(data_dir):
 def dogs(data_dir):
     """Stanford Dogs in its official split."""
     address = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
-    root = fetched(data_dir, "stanford-dogs", (address + "images.tar", None),
-                   (address + "lists.tar", None))
+    root = fetched(data_dir / "dogs", (address + "images.tar", None), (address + "lists.tar", None))
     from scipy.io import loadmat                    # pip install scipy
     lists = {k: loadmat(root / f"{k}_list.mat", squeeze_me=True) for k in ("train", "test")}
     return {split: [(root / "Images" / str(file), int(label) - 1)
@@ -482,23 +456,29 @@ def shapes(data_dir=None, train=4000, test=1000, size=32):
     return {"train": pairs[:train], "test": pairs[train:]}
 
 
-IS_TRAIN, SPLIT = ({"train": True}, {"train": False}), ({"split": "train"}, {"split": "test"})
-pictures, files = (lambda d: list(zip(d.data, d.targets)),
-                   lambda d: list(zip(d._image_files, d._labels)))
+def pictures(dataset):
+    return list(zip(dataset.data, dataset.targets))
 
+
+def files(dataset):
+    return list(zip(dataset._image_files, dataset._labels))
 
 
 # Name: a reader of its items in a data_dir, the side in pixels.
 OFFICIAL = {
-    "cifar10": (from_torchvision(datasets.CIFAR10, *IS_TRAIN, pictures, download=True), 32),
-    "cifar100": (from_torchvision(datasets.CIFAR100, *IS_TRAIN, pictures, download=True), 32),
+    "cifar10": (from_torchvision(
+        datasets.CIFAR10, "train", True, False, pictures, download=True), 32),
+    "cifar100": (from_torchvision(
+        datasets.CIFAR100, "train", True, False, pictures, download=True), 32),
     "tinyimagenet": (tinyimagenet, 64),
-    "aircraft": (from_torchvision(datasets.FGVCAircraft, {"split": "trainval"}, SPLIT[1], files,
-                                  download=True), 32),                   # 100 variants
+    "aircraft": (from_torchvision(                                           # 100 variants
+        datasets.FGVCAircraft, "split", "trainval", "test", files, download=True), 32),
     "cub2011": (cub2011, 32),
     "dogs": (dogs, 32),
-    "flowers": (from_torchvision(datasets.Flowers102, *SPLIT, files, download=True), 32),
-    "cars": (from_torchvision(datasets.StanfordCars, *SPLIT, lambda d: d._samples), 32),
+    "flowers": (from_torchvision(
+        datasets.Flowers102, "split", "train", "test", files, download=True), 32),
+    "cars": (from_torchvision(
+        datasets.StanfordCars, "split", "train", "test", lambda d: d._samples), 32),
     "shapes": (shapes, 32),
 }
 
@@ -551,20 +531,24 @@ def grayscale(images):
     return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
 
 
+def blend(images, other, factor):
+    """images * factor + other * (1 - factor), in [0, 1]."""
+    return (images * factor + other * (1 - factor)).clamp(0, 1)
+
+
 def adjust_brightness(images, factor):
-    """images * factor, in [0, 1]; factor [B, 1, 1, 1]."""
-    return (images * factor).clamp(0, 1)
+    """Blends with black; factor [B, 1, 1, 1]."""
+    return blend(images, 0, factor)
 
 
 def adjust_contrast(images, factor):
-    """Blends each image with its mean luma."""
-    mean = grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
-    return (images * factor + mean * (1 - factor)).clamp(0, 1)
+    """Blends with each image's mean luma."""
+    return blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images, factor):
-    """Blends each pixel with its luma."""
-    return (images * factor + grayscale(images) * (1 - factor)).clamp(0, 1)
+    """Blends with each pixel's luma."""
+    return blend(images, grayscale(images), factor)
 
 
 def adjust_hue(images, shift):

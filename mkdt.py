@@ -25,14 +25,13 @@ import math
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 from torchvision.utils import make_grid, save_image
 
 import eval as evaluation
-from data import (Checkpoint, Log, checksum, denormalize, follow, load, load_dataset, read_json,
-                  save, save_text, two_views, write_file)
-from eval import encode, examples_of, knn_accuracy, read_targets, targets_of
+from data import (Log, check_representations, checksum, follow, load, load_dataset, read_json,
+                  read_representations, restore, save, save_text, write_file)
+from eval import can_compile, encode, examples_of, read_targets, student_name, targets_of
 from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
                     compiled, encoder, flat_parameters, functional, one_line_errors,
                     rows_of_all_ranks, start, stream, sum_over_ranks, train)
@@ -62,6 +61,7 @@ SETTINGS = {
     "expert_momentum": ("experts", 0.9, "momentum of SGD"),
     "expert_decay": ("experts", 1e-4, "weight decay of SGD"),
     "expert_batch": ("experts", 256, "images a step"),
+    "same_start": ("experts", 0, "1: all experts begin at one network (Figure 1)"),
     "experts": ("init", 100, "K, the number of expert trajectories"),
     "init": ("init", "high_loss", "the initial images, a name in STARTS"),
     "percent": ("init", 2.0, "size of the distilled set in percent of the training images"),
@@ -91,14 +91,15 @@ DATASETS = {
                    expert_batch=64, percent=1.0, init="random", syn_batch=40, syn_lr=0.25,
                    syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
-ROWS = {
-    ("cifar10", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
-    ("cifar10", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
-    ("cifar100", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=2, pixel_lr=1e3),
-    ("cifar100", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
-    ("tinyimagenet", 2): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
-    ("tinyimagenet", 5): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
-    ("shapes", 1): dict(syn_steps=30, match_epochs=1, max_start_epoch=2, pixel_lr=3e3),
+COLUMNS = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
+ROWS = {                      # N, M, T+, rate of the pixels
+    ("cifar10", 2): (40, 2, 5, 1e3),
+    ("cifar10", 5): (40, 2, 5, 1e4),
+    ("cifar100", 2): (40, 2, 2, 1e3),
+    ("cifar100", 5): (40, 2, 5, 1e4),
+    ("tinyimagenet", 2): (10, 2, 2, 1e5),
+    ("tinyimagenet", 5): (10, 2, 2, 1e5),
+    ("shapes", 1): (30, 1, 2, 3e3),
 }
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
 # A.2 names no rate for the inner steps of MTT; its public code begins at that of its experts.
@@ -113,37 +114,41 @@ BY_OBJECTIVE = {
 def train_teacher(network, optimizer, data, s, first=0):
     """Trains `network`, an encoder and its projection head, by self-supervision (Eq. 6).
 
-    Both views go through it as one batch, so batch norm sees them together; the loss is float32.
-    Ranks share each batch, and F or the negatives are of all of them. Yields as `train`."""
-    n = len(data.train_images)
-    size = min(s.teacher_batch, n) // RANKS * RANKS                      # equal shares
-    loss_of, _, schedule = SSL[s.ssl]
+    The loss is float32. Ranks share each batch, and F or the negatives are of all of them. Yields
+    as `train`."""
+    n, size, (loss_of, _, schedule) = len(data.train_images), batch_of(data, s), SSL[s.ssl]
+    bf16 = s.bf16 == "on" or s.bf16 == "auto" and s.device.type == "cuda"
+
+    def f(x):
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16):
+            return network(x)
 
     def loss(batch, step):
-        images = data.train_images[batch[RANK::RANKS]]
-        draw = stream(s.seed, "teacher views", step * RANKS + RANK).initial_seed()
-        views = two_views(images, draw, (s.crop_scale, 1.0), s.gray)
-        x = torch.cat([data.normalize(view) for view in views])              # [2B, 3, H, W]
-        x = x.contiguous(memory_format=torch.channels_last)
-        bf16 = s.bf16 == "on" or s.bf16 == "auto" and x.is_cuda
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
-            z = network(x)                                                   # [2B, k]
-        return loss_of(*(rows_of_all_ranks(half) for half in z.float().chunk(2)), s)
+        images, draw = data.train_images[batch[RANK::RANKS]], step * RANKS + RANK
+        z1, z2 = evaluation.project(f, images, data, s, (s.seed, "teacher views", draw))
+        return loss_of(rows_of_all_ranks(z1), rows_of_all_ranks(z2), s)
 
     order = batches(n, size, s.teacher_epochs, s.seed, "teacher order", drop_last=True)
-    rate = functools.partial(schedule, steps=s.teacher_epochs * (n // size),
-                             per_epoch=n // size, peak=s.teacher_lr)
-    return train(loss, optimizer, itertools.islice(order, first, None), rate)
+    steps = s.teacher_epochs * (n // size)
+    return train(loss, optimizer, itertools.islice(order, first, None),
+                 lambda step: schedule(step, steps, n // size, s.teacher_lr))
+
+
+def batch_of(data, s):
+    """Images a step of the teacher's: at most all, in equal shares for the ranks."""
+    return min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS
 
 
 def teacher_stage(run):
     """teacher.pt, representations.pt: Z_T [n, d], representations_test.pt."""
     s, data, folder = run.s, run.data, run.run_dir
-    if OBJECTIVES[s.objective][1] != "representations" or (
-            folder / "representations.pt").exists():
+    path = folder / "representations.pt"
+    if path.exists() or OBJECTIVES[s.objective][1] != "representations":
         return
     if s.representations:
-        return save(folder / "representations.pt", read_representations(s.representations, data))
+        z = read_representations(s.representations, data)
+        check_representations(z, s.representations)
+        return save(path, z)
     f_T = build(lambda: ENCODERS["resnet18"](None, data.image_size, s.teacher_width,
                                              bool(s.max_pool)), s.seed, "teacher")
     head = build(lambda: SSL[s.ssl][1](f_T.feature_dim), s.seed, "projector")
@@ -153,57 +158,26 @@ def teacher_stage(run):
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
     optimizer.register_step_pre_hook(
         lambda *_: sum_over_ranks([p.grad for p in model.parameters()]))
-    checkpoint = Checkpoint(folder / "teacher_checkpoint.pt", s.checkpoint_minutes, model=model,
-                            optimizer=optimizer)
-    first, n = checkpoint.restore(), len(data.train_images)
     network = compiled(model, s.compile and s.device.type == "cuda" and RANKS == 1)
-    steps = s.teacher_epochs * (n // (min(s.teacher_batch, n) // RANKS * RANKS))
-    loop = train_teacher(network, optimizer, data, s, first)
-    for step, values in follow("teacher", loop, steps, run.log, checkpoint):
-        if data.labelled and step % max(1, steps // 10) == 0:
-            values["knn"] = teacher_knn(model.eval()[0], data)
+    checkpoint, state = folder / "teacher_checkpoint.pt", dict(model=model, optimizer=optimizer)
+    loop = train_teacher(network, optimizer, data, s, restore(checkpoint, **state))
+    steps = s.teacher_epochs * (len(data.train_images) // batch_of(data, s))
+    for step, _ in follow("teacher", loop, steps, run.log, checkpoint, **state):
+        if data.labelled and step % max(1, steps // 10) == 0 and RANK == 0:
+            model.eval()
+            with contextlib.suppress(ValueError):                  # too few labels
+                probe, = evaluation.linear_scores(model[0], data, [5], s.seed)
+                run.log("teacher", step, steps, probe=probe)
             model.train()
-    f_T.eval()
-    z, z_test = (encode(f_T.features, images, data.normalize).cpu()
+    model.eval()
+    z, z_test = (encode(model[0].features, images, data.normalize).cpu()
                  for images in (data.train_images, data.test_images))
     check_representations(z, "the teacher (lower --teacher-lr, in another --run-dir)")
     if RANK == 0:
-        save(folder / "teacher.pt", f_T.state_dict())
+        save(folder / "teacher.pt", model[0].state_dict())
         save(folder / "representations_test.pt", z_test)
-        save(folder / "representations.pt", z)                     # last: the stage is done
-        checkpoint.path.unlink(missing_ok=True)
-
-
-def teacher_knn(f_T, data, bank=10000, queries=2000):
-    """kNN accuracy of the teacher's features in percent: its health."""
-    z, labels = [], []
-    for images, y, count in ((data.train_images, data.train_labels, bank),
-                             (data.test_images, data.test_labels, queries)):
-        chosen = torch.randperm(len(images), generator=stream(0, "knn"))[:count]
-        z.append(encode(f_T.features, images[chosen], data.normalize))
-        labels.append(y[chosen])
-    return knn_accuracy(z[0], labels[0], z[1], labels[1])
-
-
-def check_representations(z, source):
-    """z; InputError if it is not [n, d], finite, and more than one point."""
-    if z.dim() != 2 or not z.isfinite().all() or (z == z[0]).all():
-        raise InputError(f"{source}: representations must be [n, d], finite and not all alike; "
-                         f"{int((~z.isfinite()).sum())} numbers of these {list(z.shape)} are not")
-    return z
-
-
-def read_representations(path, data):
-    """--representations FILE, in the order of the training images."""
-    try:
-        z = np.load(path) if path.endswith(".npy") else load(path)
-        z = torch.atleast_1d(torch.as_tensor(z).float())
-    except (OSError, EOFError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--representations {path} holds no array of numbers ({error})") from error
-    if len(z) != len(data.train_images):
-        raise InputError(f"--representations {path}: {len(z)} rows for {len(data.train_images)} "
-                         "training images")
-    return check_representations(z, path)
+        save(path, z)                                              # last: the stage is done
+        checkpoint.unlink(missing_ok=True)
 
 
 # ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) -------------------------------------------
@@ -211,22 +185,18 @@ def train_expert(model, loss, n, examples, s, seed):
     """An expert (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's, over n examples.
 
     A fresh order each epoch, the short last batch kept, no augmentation, a constant rate.
-    MTT-SSL's experts take Adam (A.2). Yields as `train`."""
+    MTT-SSL's experts take Adam (A.2). Returns theta*_0 .. theta*_T, [T + 1, P] on the CPU, and
+    each epoch's mean loss."""
     if s.objective == "ssl":
         optimizer = torch.optim.Adam(model.parameters(), s.expert_lr, weight_decay=s.expert_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), s.expert_lr, s.expert_momentum,
                                     weight_decay=s.expert_decay)
     order = batches(n, s.expert_batch, s.expert_epochs, seed, "expert order")
-    return train(lambda batch, step: loss(*examples(batch, (seed, "expert views", step))),
+    loop = train(lambda batch, step: loss(*examples(batch, (seed, "expert views", step))),
                  optimizer, order)
-
-
-def trajectory(model, loss, n, examples, s, seed):
-    """theta*_0 .. theta*_T of `train_expert`, [T + 1, P] on the CPU; each epoch's mean loss."""
-    per_epoch = math.ceil(n / s.expert_batch)
-    thetas, losses = [flat_parameters(model).cpu()], []
-    for step, values in train_expert(model, loss, n, examples, s, seed):
+    per_epoch, thetas, losses = math.ceil(n / s.expert_batch), [flat_parameters(model).cpu()], []
+    for step, values in loop:
         losses.append(values["loss"])
         if step % per_epoch == 0:
             thetas.append(flat_parameters(model).cpu())             # a copy, not live weights
@@ -237,15 +207,16 @@ def experts_stage(run):
     """experts/expert_000.pt ...: flat float32 [T + 1, P], those that are missing."""
     s, images = run.s, run.data.train_images
     rows, d = read_targets(s, run.data, run.run_dir)
-    examples, model = examples_of(s, run.data, images, rows), build_student(run, d)
-    loss = compiled(lambda x, y: OBJECTIVES[s.objective][0](model, x, y).mean(), can_compile(s))
+    examples = examples_of(s, run.data, images, rows)
+    model, loss = evaluation.student(student_name(s), d, run.data.image_size, s)
     missing = [i for i in range(s.experts) if not expert_file(run, i).exists()][RANK::RANKS]
 
     def loop():
         for done, i in enumerate(missing):
-            model.load_state_dict(build_student(run, d, "expert", i).state_dict())
+            begin = build_student(run, d, "expert", 0 if s.same_start else i)
+            model.load_state_dict(begin.state_dict())
             seed = stream(s.seed, "expert", i).initial_seed()
-            thetas, losses = trajectory(model, loss, len(images), examples, s, seed)
+            thetas, losses = train_expert(model, loss, len(images), examples, s, seed)
             if not thetas[-1].isfinite().all():
                 raise InputError(f"experts: expert {i} diverged: lower --expert-lr {s.expert_lr}")
             save(expert_file(run, i), thetas)
@@ -255,14 +226,8 @@ def experts_stage(run):
 
 def build_student(run, d, *name):
     """The student of the settings, its weights from the stream called `name`."""
-    s = run.s
-    make = functools.partial(encoder, f"{s.student}:{s.width}", d, run.data.image_size)
-    return build(make, s.seed, *(name or ("student",))).to(s.device)
-
-
-def can_compile(s):
-    """Whether to compile students' steps. Augmentations are other functions in every step."""
-    return s.compile and OBJECTIVES[s.objective][1] != "views"
+    make = functools.partial(encoder, student_name(run.s), d, run.data.image_size)
+    return build(make, run.s.seed, *(name or ("student",))).to(run.s.device)
 
 
 def expert_file(run, i):
@@ -312,11 +277,11 @@ def init_stage(run):
 def distill(gradient, adjoint, experts, syn, targets, s, first=0):
     """Algorithm 1, lines 4 - 19: moves the images and the rate in `syn`, in place.
 
-    gradient, adjoint: `inner_gradient` and `inner_adjoint` of the students' loss. experts: K
-    trajectories [T + 1, P]. syn: `images` [n, 3, H, W], `lr` (alpha_syn), `velocity` and
-    `lr_velocity` (zeros at first). targets(batch, draw): Z_syn, which stays fixed. Several ranks
-    draw one trajectory each. Yields (iterations done, Eq. 4's loss, alpha_syn, how far pixels
-    have moved, how many images were bounded)."""
+    gradient, adjoint: `inner_steps` of the students' loss. experts: K trajectories [T + 1, P].
+    syn: `images` [n, 3, H, W], `lr` (alpha_syn), `velocity` and `lr_velocity` (zeros at first).
+    targets(batch, draw): Z_syn, which stays fixed. Several ranks draw one trajectory each. Yields
+    (iterations done, Eq. 4's loss, alpha_syn, how far pixels have moved, how many images were
+    bounded)."""
     images, lr, initial = syn.images, syn.lr, syn.initial
     for step in range(first, s.iterations):                                             # line 5
         draw = s.seed, "distill", step * RANKS + RANK
@@ -374,21 +339,20 @@ def student_loss(f, objective):
     return lambda theta, x, y: objective(functools.partial(f, theta), x, y).mean()
 
 
-def inner_gradient(loss):
-    """g(theta, x, y) = dL/dtheta: what one step of Eq. 8 subtracts, alpha_syn times."""
-    return lambda theta, x, y: torch.func.grad(loss)(theta, x, y)
+def inner_steps(loss):
+    """The two functions that `matching_gradient` takes, of a loss (theta, x, y):
 
+    gradient(theta, x, y) = g = dL/dtheta, which a step of Eq. 8 subtracts alpha_syn times;
+    adjoint(theta, x, y, v) -> (H v, d(g . v)/dx, g . v), with H = dg/dtheta: differentiating the
+    scalar g . v, itself a gradient, gives all three; H is never formed."""
+    gradient = torch.func.grad(loss)
 
-def inner_adjoint(loss):
-    """(theta, x, y, v) -> (H v, d(g . v)/dx, g . v) with g = dL/dtheta and H = dg/dtheta.
-
-    Differentiating the scalar g . v, itself a gradient, gives all three; H is never formed."""
     def adjoint(theta, x, y, v):
         def g_dot_v(theta, x):
-            return torch.func.grad(loss)(theta, x, y) @ v
+            return gradient(theta, x, y) @ v
         (hv, gx), gv = torch.func.grad_and_value(g_dot_v, argnums=(0, 1))(theta, x)
         return hv, gx, gv
-    return adjoint
+    return gradient, adjoint
 
 
 def draw_batches(n, steps, batch_size, rng):
@@ -415,38 +379,34 @@ def bound(grad_images, grad_lr, lr, s):
 
 def distill_stage(run):
     """SET/distilled.pt, its snapshots every 1,000 iterations, and pictures."""
-    s, path = run.s, run.set_dir / "distilled.pt"
+    s, data, folder, path = run.s, run.data, run.set_dir, run.set_dir / "distilled.pt"
     if path.exists() and load(path)["iterations"] >= s.iterations:
         return
-    init, (_, d) = load(run.set_dir / "init.pt"), read_targets(s, run.data, run.run_dir)
+    init, (_, d) = load(folder / "init.pt"), read_targets(s, data, run.run_dir)
     targets = init["targets"].to(s.device) if "targets" in init else None
     experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
-    steps = inner_steps(student_loss(functional(build_student(run, d)),
-                                     OBJECTIVES[s.objective][0]), s)
+    loss = student_loss(functional(build_student(run, d)), OBJECTIVES[s.objective][0])
+    steps = [compiled(step, can_compile(s)) for step in inner_steps(loss)]
     syn = new_syn(init["images"].to(s.device), s)
     state = {k: v for k, v in vars(syn).items() if k != "initial"}
-    checkpoint = Checkpoint(run.set_dir / "distill_checkpoint.pt", s.checkpoint_minutes, **state)
-    loop = distill(*steps, experts, syn, targets_of(s, run.data, targets), s, checkpoint.restore())
+    checkpoint = folder / "distill_checkpoint.pt"
+    first = restore(checkpoint, **state)
+    loop = distill(*steps, experts, syn, targets_of(s, data, targets), s, first)
 
     def keep(path, iterations):
-        y = {} if targets is None else {"targets": targets.cpu()}
-        save(path, {"images": syn.images.cpu().contiguous(), **y, "lr": syn.lr.item(),
-                    "mean": torch.tensor(run.data.mean), "std": torch.tensor(run.data.std),
-                    "iterations": iterations}) if RANK == 0 else None
+        kept = {"images": syn.images, "targets": targets, "mean": data.mean.flatten(),
+                "std": data.std.flatten()}
+        kept = {k: v.cpu().contiguous() for k, v in kept.items() if v is not None}
+        save(path, {**kept, "lr": syn.lr.item(), "iterations": iterations})
 
-    for step, values in follow("distill", loop, s.iterations, run.log, checkpoint):
-        if step % 1000 == 0 and values["moved"].isfinite() and values["lr"] > 0:
-            keep(run.set_dir / f"distilled_{step:05d}.pt", step)
+    for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **state):
+        if step % 1000 == 0 and values["moved"].isfinite() and values["lr"] > 0 and RANK == 0:
+            keep(folder / f"distilled_{step:05d}.pt", step)
     if RANK == 0:
         draw_results(run, init["images"], syn.images.cpu())
-        for stale in run.set_dir.glob("results*"):               # of fewer iterations
+        for stale in folder.glob("results*"):                    # of fewer iterations
             stale.unlink()
-    keep(path, s.iterations)                                     # last: the stage is done
-
-
-def inner_steps(loss, s):
-    """`inner_gradient` and `inner_adjoint` of a loss, compiled."""
-    return [compiled(step(loss), can_compile(s)) for step in (inner_gradient, inner_adjoint)]
+        keep(path, s.iterations)                                 # last: the stage is done
 
 
 def new_syn(images, s):
@@ -478,95 +438,77 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 # ---- Pictures --------------------------------------------------------------------------------
 def draw_results(run, before, after):
     """distilled.png: rows of images as they began, each above the same distilled; curves.png."""
-    shown = min(len(before), 20) // 10 * 10 or len(before)              # whole rows
-    rows = torch.stack([before[:shown], after[:shown]], dim=1).split(10)  # [10, 2, 3, H, W]
-    tiles = torch.cat([row.transpose(0, 1).flatten(0, 1) for row in rows])
-    tiles = denormalize(tiles, run.data.mean, run.data.std).clamp(0, 1)
-    zoomed = tiles.repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
-    grid = make_grid(zoomed, nrow=len(rows[0]), pad_value=1)
+    shown = 20 if len(before) >= 20 else 10                              # whole rows
+    pairs = zip(before[:shown].split(10), after[:shown].split(10))
+    rows = torch.cat([row for pair in pairs for row in pair])
+    tiles = run.data.denormalize(rows.to(run.s.device))
+    zoomed = torch.nn.functional.interpolate(tiles.clamp(0, 1), scale_factor=3)
+    grid = make_grid(zoomed, nrow=min(10, len(before)), pad_value=1)
     write_file(run.set_dir / "distilled.png", lambda file: save_image(grid, file, format="png"))
-    lines = []
+    draw_plot(run.set_dir / "curves.png", "iteration",
+              {name: {name: logged(run, name)} for name in ("loss", "lr", "moved")})
+
+
+def logged(run, name):
+    """[(iteration, value), ...] of a quantity in the log of distillation."""
+    points = {}
     for line in run.log.path.read_text().splitlines():
         with contextlib.suppress(ValueError):                      # one that a kill cut off
-            lines += [x for x in [json.loads(line)] if x["stage"] == "distill"]
-    draw_plot(run.set_dir / "curves.png", "iteration", {name: {"": [
-        (line["step"], line[name]) for line in lines]} for name in ("loss", "lr", "moved")})
+            line = json.loads(line)
+            if line["stage"] == "distill":
+                points[line["step"]] = line[name]
+    return sorted(points.items())
 
 
 def draw_plot(path, xlabel, panels, log=()):
     """A plot of {panel: {line: [(x, y), ...]}}; nothing where matplotlib is not installed."""
-    try:
+    with contextlib.suppress(ImportError):
         from matplotlib.figure import Figure                            # pip install matplotlib
-    except ImportError:
-        return
-    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-    for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for name, points in lines.items():
-            axes.plot(*zip(*points), label=name)
-        axes.set(title=panel, xlabel=xlabel, yscale="log" if panel in log else "linear")
-        axes.legend(fontsize="small") if len(lines) > 1 else None
-    write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+        figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+        for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
+            for name, points in lines.items():
+                axes.plot(*zip(*points), label=name)
+            axes.set(title=panel, xlabel=xlabel, yscale="log" if panel in log else "linear")
+            axes.legend(fontsize="small")
+        write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 # ---- Figure 1: trajectories of other losses (section 4.1, appendix A.2) ----------------------
-# A.2's settings; it says nothing of MKDT, which has its data set's row. One expert, from epoch 0.
-COMMON = dict(percent=1.0, init="random", expert_epochs=7, max_start_epoch=0, pixel_lr=1000.0,
-              iterations=100, clip=0.0)
+# A.2's settings; it says nothing of MKDT, which has its data set's row. Five experts begin at one
+# network and differ in the order of their batches; the first is distilled, from epoch 0.
 FIGURE1 = {
-    "MTT": dict(objective="ce", syn_steps=20, match_epochs=4),
-    "MTT-SSL": dict(objective="ssl", syn_steps=10, match_epochs=2),
-    "MTT-SSL, 4x batch": dict(objective="ssl", syn_steps=10, match_epochs=2, expert_batch=4096),
-    "MKDT": dict(objective="mse", clip=0.1),
+    "mtt": dict(objective="ce", syn_steps=20, match_epochs=4),
+    "mtt_ssl": dict(objective="ssl", syn_steps=10, match_epochs=2),
+    "mtt_ssl_4096": dict(objective="ssl", syn_steps=10, match_epochs=2, expert_batch=4096),
+    "mkdt": dict(objective="mse", clip=0.1),
 }
+COMMON = dict(percent=1.0, init="random", expert_epochs=7, max_start_epoch=0, pixel_lr=1000.0,
+              iterations=100, clip=0.0, same_start=1)
 
 
-def variance_of_trajectories(thetas):
-    """Fig. 1a: E |theta_t - E theta_t|^2 per weight at each epoch, over [R, T + 1, P]."""
-    return (thetas - thetas.mean(dim=0)).square().mean(dim=(0, 2))
-
-
-def figure1_system(run, trajectories=5):
-    """{panel: [(x, y), ...]} of Fig. 1 for the settings of `run`: experts from one network that
-    differ in the order of their batches, the first of which is then distilled."""
-    s, data, objective = run.s, run.data, OBJECTIVES[run.s.objective][0]
-    rows, d = read_targets(s, data, run.run_dir)
-    examples = examples_of(s, data, data.train_images, rows)
-    model, thetas = build_student(run, d, "figure1"), []
-    untrained = {k: v.clone() for k, v in model.state_dict().items()}
-    loss = compiled(lambda x, y: objective(model, x, y).mean(), can_compile(s))
-    for k in range(trajectories):
-        model.load_state_dict(untrained)
-        seed = stream(s.seed, "figure1", k).initial_seed()
-        thetas.append(trajectory(model, loss, len(data.train_images), examples, s, seed)[0])
-    images, rows = random_images(data, rows, None, run.size, stream(s.seed, "figure1", "images"))
-    steps = inner_steps(student_loss(functional(model), objective), s)
-    loop = distill(*steps, thetas[:1], new_syn(images, s), targets_of(s, data, rows), s)
-    variance = variance_of_trajectories(torch.stack(thetas)).tolist()
-    panels = {"variance": list(enumerate(variance))[1:], "loss": [], "moved": []}
-    for step, values in loop:
-        for panel in ("loss", "moved"):
-            panels[panel].append((step, float(values[panel])))
-        if not math.isfinite(panels["moved"][-1][1]):                # a result as well
-            break
-    return panels
-
-
-def figure1_stage(run, given):
-    """Figure 1 of the paper: figure1/figure1.csv, and .png where there is matplotlib."""
-    folder, found = run.run_dir / "figure1", {}
+def figure1_stage(args, run):
+    """Figure 1 of the paper for the data and the teacher of `run`: figure1/figure1.csv, and .png
+    where there is matplotlib. Each of its systems is a run of its own beside them."""
+    root, panels = run.run_dir / "figure1", {"variance": {}, "loss": {}, "moved": {}}
     for name, system in FIGURE1.items():
-        s = resolve(run.s.dataset, {**COMMON, **system, **given})
-        s = argparse.Namespace(**{**vars(run.s), **vars(s)})
-        print(f"figure1: {name}", flush=True)
-        found[name] = figure1_system(argparse.Namespace(
-            **{**vars(run), "s": s, "size": size_of(run.data, s)}))
-    panels = {panel: {name: found[name][panel] for name in found}
-              for panel in ("variance", "loss", "moved")}
-    lines = [f'{panel},"{name}",{x},{y}' for panel, of in panels.items()
+        wanted = {**COMMON, **system, "representations": str(run.run_dir / "representations.pt")}
+        for stage, experts in dict(teacher=5, experts=5, init=1, distill=1).items():
+            own = open_run(args, {**wanted, **args.given, "experts": experts},
+                           run_dir=root / name, name="one", log_seconds=0)
+            try:
+                execute(own, stage)
+            except InputError as error:                            # it diverged: a result as well
+                print(f"figure1: {name}: {error}")
+        thetas = torch.stack([load(expert_file(own, i)) for i in range(5)])       # [5, T + 1, P]
+        variance = (thetas - thetas.mean(dim=0)).square().mean(dim=(0, 2))        # Fig. 1a
+        panels["variance"][name] = [*enumerate(variance.tolist())][1:]
+        for panel in ("loss", "moved"):
+            panels[panel][name] = logged(own, panel)
+    lines = [f"{panel},{name},{x},{y}" for panel, of in panels.items()
              for name, points in of.items() for x, y in points]
-    save_text(folder / "figure1.csv", "\n".join(["panel,system,x,y", *lines, ""]))
-    draw_plot(folder / "figure1.png", "epoch, iteration", panels, log=("variance", "moved"))
-    print(f"figure1: {folder}/figure1.csv")
+    save_text(root / "figure1.csv", "\n".join(["panel,system,x,y", *lines, ""]))
+    draw_plot(root / "figure1.png", "epoch, iteration", panels, log=("variance", "moved"))
+    print(f"figure1: {root}/figure1.csv")
 
 
 # ---- Command line ----------------------------------------------------------------------------
@@ -580,63 +522,60 @@ def resolve(dataset, given):
     if (dataset, percent) != (known, row):
         print(f"settings: no row for {dataset} at {percent:g}%, taking that of {known} at {row}%")
     # Only epochs 0 .. T+ + M are read, and the rate is constant: longer training is a waste.
-    last = max(r["max_start_epoch"] + r["match_epochs"] for (n, _), r in ROWS.items() if n == known)
+    last = max(M + T for (name, _), (_, M, T, _) in ROWS.items() if name == known)
     s = argparse.Namespace(**{
         **{name: default for name, (_, default, _) in SETTINGS.items()},
-        **(SIMCLR if given.get("ssl") == "simclr" else {}), **DATASETS[known], **ROWS[known, row],
-        **BY_OBJECTIVE.get(given.get("objective"), {}), "expert_epochs": last, **given})
-    zero = {"train_images", "image_size", "teacher_decay", "lambd", "gray", "max_pool", "clip",
-            "expert_decay", "expert_momentum", "max_start_epoch", "syn_lr_lr", "syn_momentum"}
-    for name, value in vars(s).items():
-        if not isinstance(value, str) and not 0 <= value < math.inf or (
-                value == 0 and name not in zero):
+        **(SIMCLR if given.get("ssl") == "simclr" else {}), **DATASETS[known],
+        **dict(zip(COLUMNS, ROWS[known, row])), "expert_epochs": last,
+        **BY_OBJECTIVE.get(given.get("objective"), {}), **given})
+    for name, (_, default, _) in SETTINGS.items():
+        value, count = getattr(s, name), isinstance(default, int) and name != "max_start_epoch"
+        if not isinstance(value, str) and not (1 if count and default else 0) <= value < math.inf:
             raise InputError(f"--{name.replace('_', '-')} {value} must be finite and "
-                             f"{'at least 0' if name in zero else 'positive'}")
+                             f"{'positive' if count else 'at least 0'}")
     for name, choices in (("ssl", SSL), ("objective", OBJECTIVES), ("init", STARTS),
                           ("bf16", ("on", "off", "auto"))):
         if getattr(s, name) not in choices:
             raise InputError(f"--{name} {getattr(s, name)}: choose from {', '.join(choices)}")
-    if s.crop_scale > 1:
-        raise InputError(f"--crop-scale {s.crop_scale} must be at most 1")
     if s.max_start_epoch + s.match_epochs > s.expert_epochs:
         raise InputError(f"T+ + M = {s.max_start_epoch + s.match_epochs} lies beyond the experts' "
                          f"last epoch: raise --expert-epochs {s.expert_epochs}")
     return s
 
 
-def size_of(data, s):
-    """How many images are distilled."""
-    size = math.floor(len(data.train_images) * s.percent / 100 + 1e-9)
-    if not 1 <= size <= len(data.train_images):
-        raise InputError(f"--percent {s.percent:g} of {len(data.train_images)} training images "
-                         f"is {size}: it must leave at least one and at most all")
-    return size
-
-
-def open_run(s):
+def open_run(args, given, **changed):
     """A run: settings, data, log and folders. run_dir has what all distilled sets of a data set
     share, the teacher and the experts; set_dir below it, called --name, one distilled set."""
+    settings = resolve(args.dataset, given)
+    s = argparse.Namespace(**{**vars(args), **vars(settings), **changed})
     data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
+    n = len(data.train_images)
+    size = math.floor(n * s.percent / 100 + 1e-9)
+    if not 1 <= size <= n:
+        raise InputError(f"--percent {s.percent:g} of {n} training images is {size}: it must leave "
+                         "at least one and at most all")
     system = "" if s.objective == "mse" else f"_{s.objective}"
     run_dir = Path(s.run_dir or f"runs/{data.name}{system}")
     set_dir = run_dir / (s.name or f"{s.percent:g}pct_{s.init}")
-    return argparse.Namespace(s=s, data=data, run_dir=run_dir, set_dir=set_dir,
-                              size=size_of(data, s), log=Log(set_dir / "log.jsonl", s.log_seconds))
+    log = Log(set_dir / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
+    return argparse.Namespace(s=s, data=data, run_dir=run_dir, set_dir=set_dir, log=log, size=size)
 
 
 def claim(run, stage):
-    """Keeps in config.json what `stage` is made with. Raises InputError if that, or a stage
-    before it, was made with something else; says if it was by other code."""
+    """Keeps in config.json what `stage` is made with, and whether all of it is the paper's. Raises
+    InputError if it, or a stage before it, was made with something else; says if by other code."""
     made = {"dataset": run.s.dataset, "images": checksum(run.data), "seed": run.s.seed,
             "ranks": RANKS}
     sources = [Path(__file__).with_name(name).read_bytes()
                for name in ("models.py", "data.py", "eval.py", "mkdt.py")]
-    code = hashlib.sha256(b"".join(sources)).hexdigest()[:8]
+    code, changed = hashlib.sha256(b"".join(sources)).hexdigest()[:8], []
     for earlier in [*STAGES][:[*STAGES].index(stage) + 1]:
-        made.update({k: getattr(run.s, k) for k, (of, *_) in SETTINGS.items() if of == earlier})
+        own = [k for k, (of, *_) in SETTINGS.items() if of == earlier]
+        made.update({k: getattr(run.s, k) for k in own})
+        changed += {*own} & {*run.s.given} - {"percent", "ssl", "objective", "init"}
         path = (run.run_dir if earlier in ("teacher", "experts") else run.set_dir) / "config.json"
         config = read_json(path)
-        then = config.get(earlier, {**made, "code": code})
+        then = config.get(earlier, {**made, "code": code, "paper": not changed})
         differ = [f"{k} {then.get(k)} -> {v}" for k, v in made.items() if then.get(k) != v]
         if differ:
             raise InputError(f"{path.parent} holds the stage {earlier} of other settings "
@@ -648,8 +587,17 @@ def claim(run, stage):
         save_text(path, json.dumps({**config, stage: then}, indent=2) + "\n")
 
 
+def execute(run, stage):
+    """Runs one stage, if it is not done."""
+    claim(run, stage)
+    own = {k: v for k, v in vars(run.s).items() if SETTINGS.get(k, [""])[0] == stage}
+    print(f"{stage}: " + "  ".join(f"{k} {v}" for k, v in own.items()), flush=True)
+    STAGES[stage](run)
+    barrier()
+
+
 def parse(argv):
-    """(the arguments, the settings that were given as flags)."""
+    """The arguments; in `given` those that are settings."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -672,23 +620,20 @@ def parse(argv):
                                 metavar=type(default).__name__.upper(),
                                 default=argparse.SUPPRESS, help=f"{text} (default: {shown})")
     args = parser.parse_args(argv)
-    return args, {k: v for k, v in vars(args).items() if k in SETTINGS}
+    args.given = {k: v for k, v in vars(args).items() if k in SETTINGS}
+    return args
 
 
 def main(argv=None):
     """The command line; see the top of this file."""
-    args, given = parse(argv)
+    args = parse(argv)
     with one_line_errors("mkdt.py"), contextlib.redirect_stdout(None if RANK else sys.stdout):
-        args.device, settings = start(args.device), resolve(args.dataset, given)
-        run = open_run(argparse.Namespace(**{**vars(args), **vars(settings)}))
+        args.device = start(args.device)
+        run = open_run(args, args.given)
         for stage in {"all": STAGES, "figure1": ["teacher"]}.get(args.stage, [args.stage]):
-            claim(run, stage)
-            own = {k: v for k, v in vars(settings).items() if SETTINGS[k][0] == stage}
-            print(f"{stage}: " + "  ".join(f"{k} {v}" for k, v in own.items()), flush=True)
-            STAGES[stage](run)
-            barrier()
+            execute(run, stage)
         if args.stage == "figure1":
-            figure1_stage(run, given)
+            figure1_stage(args, run)
 
 
 if __name__ == "__main__":

@@ -312,8 +312,7 @@ def start(device):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        device = torch.device(device)
-        torch.ones(1, device=device).item()
+        device = torch.ones(1, device=device).device
     except Exception as error:
         raise InputError(f"--device {device} cannot be used here ({first_line(error)})") from error
     if device.type == "cuda":
