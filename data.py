@@ -12,7 +12,6 @@ import json
 import math
 import os
 import random
-import tempfile
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
+from torchvision.transforms.functional import InterpolationMode, resize, to_pil_image
 
 from models import RANK, InputError, first_line, rank_0_first
 
@@ -74,6 +73,10 @@ def read_json(path):
         raise InputError(f"{path} is not readable JSON ({first_line(error)})") from error
 
 
+class Diverged(InputError):
+    """A loop whose values are no longer finite."""
+
+
 # ---- Training loops are generators of (step, {name: value}); this is what follows them -------
 class Log:
     """A progress line every so many seconds on the screen, and the same as JSON lines in `path`.
@@ -102,7 +105,7 @@ def follow(stage, loop, total, log, path=None, **state):
     """Yields what `loop` yields, (step, {name: value}); logs it, and saves `state` (see `restore`)
     in the file `path`, when that is due.
 
-    Only then are values read from the device: means since the last line. Raises InputError where
+    Only then are values read from the device: means since the last line. Raises Diverged where
     one is not finite, or a learned rate "lr" not positive: no such state is ever saved."""
     recent, first, began = [], None, time.monotonic()
     saved = began
@@ -117,8 +120,8 @@ def follow(stage, loop, total, log, path=None, **state):
         means = {k: float(sum(v[k] for v in recent)) / len(recent) for k in values}
         rate, recent = float(values.get("lr", 1)), []
         if not all(map(math.isfinite, means.values())) or rate <= 0:
-            raise InputError(f"{stage}: {means} at step {step}: lower its rate, or bound the step "
-                             "(--clip); the last checkpoint is of before")
+            raise Diverged(f"{stage}: {means} at step {step}: lower its rate, or bound the step "
+                           "(--clip); the last checkpoint is of before")
         log(stage, step, total, (step - first) / max(now - began, 1e-9), **means)
         if due and RANK == 0:
             tensors = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in state.items()}
@@ -286,18 +289,14 @@ def check_representations(z, source):
 def decode(items, size):
     """The four arrays of `items`: RGB, squashed to `size` with Lanczos, by several threads."""
     def read(item):
-        picture, array = item[0], isinstance(item[0], np.ndarray)
+        picture, _ = item
         try:
-            with Image.fromarray(picture) if array else Image.open(picture) as image:
-                if image.mode.startswith("I"):             # 16 bit: PIL would cut off at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = image.convert("RGB")
-                if image.size != (size, size):
-                    image = image.resize((size, size), Image.Resampling.LANCZOS)
-                return np.asarray(image)
+            array = isinstance(picture, np.ndarray)
+            image = to_pil_image(picture) if array else default_loader(picture)
+            return np.asarray(resize(image, [size, size], InterpolationMode.LANCZOS))
         except Exception as error:                         # PIL raises almost anything
-            raise InputError(f"cannot read the image {'given' if array else picture} "
-                             f"({first_line(error)}): repair or remove it") from error
+            raise InputError(f"cannot read the image {picture} ({first_line(error)}): repair or "
+                             "remove it") from error
 
     arrays = {}
     with ThreadPoolExecutor() as pool:
@@ -331,8 +330,8 @@ def official(name, data_dir):
         Path(data_dir).mkdir(parents=True, exist_ok=True)
         return OFFICIAL[name][0](Path(data_dir))
     except Exception as error:                      # no network, a damaged archive, no scipy
-        raise InputError(f"cannot read {name} ({first_line(error)}): put its official folder or "
-                         f"archive, or {name}.npz, into {data_dir}/; README, \"Data\"") from error
+        raise InputError(f"cannot read {name} ({first_line(error)}): put its official archive or "
+                         f"{name}.npz into {data_dir}/ (README, Your own images)") from error
 
 
 def fetched(folder, *archives):
@@ -353,13 +352,11 @@ def tinyimagenet(data_dir):
     root = fetched(data_dir / "tinyimagenet", (
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"))
     root = root / "tiny-imagenet-200"
-    wnids = sorted(p.name for p in (root / "train").iterdir())
-    train = [(p, i) for i, wnid in enumerate(wnids)
-             for p in sorted((root / "train" / wnid / "images").iterdir())]
-    lines = (root / "val" / "val_annotations.txt").read_text().splitlines()
+    classes = {path.name: i for i, path in enumerate(sorted((root / "train").iterdir()))}
+    lines = (root / "val/val_annotations.txt").read_text().splitlines()
     val = [line.split("\t")[:2] for line in lines]
-    return {"train": train, "test": [(root / "val" / "images" / file, wnids.index(wnid))
-                                     for file, wnid in val]}
+    return {"train": make_dataset(str(root / "train"), classes, IMG_EXTENSIONS),
+            "test": [(root / "val/images" / file, classes[wnid]) for file, wnid in val]}
 
 
 def cub2011(data_dir):

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from data import (Log, draw_augmentations, follow, load, load_dataset, read_json, restore, save,
                   save_text, shift_and_flip, two_views)
 from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
-                    compiled, encoder, first_line, one_line_errors, rank_0_first, start, stream,
-                    train)
+                    compiled, encode, encoder, exhaust, first_line, one_line_errors, rank_0_first,
+                    start, stream, train)
 
 # What to pre-train on: what may follow the name and a colon, and what it is. Each may end in a
 # rate: random@0.3, or random@mkdt, the learned one.
@@ -127,12 +127,6 @@ def read_targets(s, data, run_dir):
 def can_compile(s):
     """Whether to compile students' steps. Augmentations are other functions in every step."""
     return s.compile and OBJECTIVES[s.objective][1] != "views"
-
-
-@torch.no_grad()
-def encode(f, images, prepare=lambda images: images, chunk=250):
-    """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
-    return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
 
 
 def loss_per_image(f, thetas, data, z, objective):
@@ -235,11 +229,6 @@ def labelled_subset(n, percent, seed):
     return order[:count].sort().values
 
 
-def exhaust(loop):
-    """Runs a loop to its end."""
-    collections.deque(loop, maxlen=0)
-
-
 # ---- Rivals: KRR-ST, and DM without labels (appendix F) ------------------------------------------
 def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
     """MSE of kernel ridge regression from the synthetic set to real images (Lee et al. 2023).
@@ -327,7 +316,7 @@ def dm(syn, make, data, views, groups, iterations, seed, first=0):
 RIVALS = {"krr_st": 160_000, "dm": 20_000}                                        # iterations
 
 
-def distil(r, kind, iterations, groups, path):
+def make_rival(r, kind, iterations, groups, path):
     """Distils a rival's set into `path`: {"images", "targets"}.
 
     KRR-ST's real images are cropped and mirrored, their targets the teacher's of what comes out,
@@ -401,7 +390,7 @@ def pretraining_set(r, name, seed):
         elif kind == "subset":
             chosen = read_indices(argument, len(real))
         images, y = real[chosen], None if r.rows is None else r.rows[chosen]
-        lr = 1e-3 if argument.startswith("ssl") else lr
+        lr = 1e-3 if kind == "random" and argument else lr
     else:
         images, y, own = read_distilled(made_file(r, kind, argument))
         images, lr = r.data.normalize(images) if kind == "raw" else images, own or lr
@@ -419,7 +408,7 @@ def made_file(r, kind, argument):
     iterations, groups = int(iterations or RIVALS[kind]), int(groups or max(1, r.data.classes))
     path = r.dir / f"{kind}_{iterations}{f'_{groups}' * (kind == 'dm')}.pt"
     if not path.exists():
-        distil(r, kind, iterations, groups, path)
+        make_rival(r, kind, iterations, groups, path)
     return path
 
 
@@ -535,6 +524,15 @@ def read_results(run_dir):
     return lines
 
 
+def write_results(path, lines):
+    """results.csv of {KEY: line}."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    table.writeheader()
+    table.writerows(lines.values())
+    save_text(path, text.getvalue())
+
+
 def evaluate(args):
     """Computes the cells that results.csv lacks; returns the table and keeps it as results.md."""
     r = read_run(args)
@@ -552,11 +550,7 @@ def evaluate(args):
                     lines[key] = dict(zip(COLUMNS, (*key, *map(str, values))))
             except ValueError as error:                    # it diverged, or a share has no image
                 print(f"left out: {name}, seed {seed}: {error}")
-            text = io.StringIO()
-            table = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-            table.writeheader()
-            table.writerows(lines.values())
-            save_text(path, text.getvalue())
+            write_results(path, lines)
             yield done + 1, {}
     exhaust(follow("eval", loop(), len(jobs[RANK::RANKS]), r.log))
     barrier()
@@ -626,18 +620,17 @@ def tables(r, lines):
         of = [x for x in lines if x["how"] == how]
         tasks = list(dict.fromkeys(x["task"] for x in of))
         columns = itertools.chain(*([task, *minus] for task in tasks))
-        head = ["Labels", "Pre-training set", "Rate", *columns, "MSE"]
+        head = ["Labels", "Pre-training set", "Rate", "Seeds", *columns, "MSE"]
         text += [f"## {r.data.name}, {r.s.percent:g}% distilled: {how}", "",
                  "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
         for percent in sorted({x["labels"] for x in of}, key=float):
-            text += rows(r, [x for x in of if x["labels"] == percent], tasks)
-        seeds = len({x["seed"] for x in of})
-        text += ["", f"Percent correct, mean ± std over {seeds} seeds (the paper's); differences: "
-                 "paired by seed, ± standard error.", ""]
+            text += table_rows(r, [x for x in of if x["labels"] == percent], tasks)
+        text += ["", "Percent correct, mean ± std over seeds, in brackets the paper's mean; "
+                 "differences: paired by seed, ± standard error.", ""]
     return "\n".join(text) + "\n"
 
 
-def rows(r, lines, tasks):
+def table_rows(r, lines, tasks):
     """The rows of one share of labels."""
     text, kinds, scores = [], [*SETS], collections.defaultdict(dict)
     for x in lines:
@@ -648,7 +641,8 @@ def rows(r, lines, tasks):
     for name in sorted({x["set"] for x in lines}, key=lambda n: (kinds.index(parse_set(n)[0]), n)):
         own = [x for x in lines if x["set"] == name]
         rate, mse = own[0]["rate"], [float(x["mse"]) for x in own if x["mse"]]
-        cells = [f"{own[0]['labels']}%", METHODS.get(name, name), rate and f"{float(rate):.3g}"]
+        cells = [f"{own[0]['labels']}%", METHODS.get(name, name), rate and f"{float(rate):.3g}",
+                 str(len({x["seed"] for x in own}))]
         for t in tasks:
             of, cell = scores[name, t], ""
             if of:
@@ -774,7 +768,7 @@ def paper_value(r, name, how, task, labels):
     """The paper's mean for a cell, " (53.08)"; "" where it has none for exactly this setting.
 
     config.json says of each stage whether all settings that led to it are the paper's."""
-    s, (kind, argument, _) = r.s, parse_set(name)
+    s, (kind, argument, rate) = r.s, parse_set(name)
     file, row = "/".join(Path(argument).parts[-2:]), name
     if kind == "mkdt":
         row = name.replace("mkdt", f"{s.objective}_{s.init}")
@@ -782,7 +776,7 @@ def paper_value(r, name, how, task, labels):
         row = "sas"
     elif kind == "distilled" and "x_syn" in file:
         row = "krr_st"
-    elif s.objective != "mse" and kind != "none":
+    if rate or s.objective != "mse" and kind not in ("none", "mkdt"):
         return ""
     same = s.paper if kind in ("mkdt", "high_loss") else r.experts_are_the_papers
     if not same or name == "mkdt" and r.mkdt["iterations"] != 5000:

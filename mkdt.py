@@ -29,12 +29,13 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 import eval as evaluation
-from data import (Log, check_representations, checksum, follow, load, load_dataset, read_json,
-                  read_representations, restore, save, save_text, write_file)
-from eval import can_compile, encode, examples_of, read_targets, student_name, targets_of
+from data import (Diverged, Log, check_representations, checksum, follow, load, load_dataset,
+                  read_json, read_representations, restore, save, save_text, write_file)
+from eval import (can_compile, examples_of, highest, linear_scores, loss_per_image, project,
+                  read_results, read_targets, student, student_name, targets_of, write_results)
 from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
-                    compiled, encoder, flat_parameters, functional, one_line_errors,
-                    rows_of_all_ranks, start, stream, sum_over_ranks, train)
+                    compiled, encode, encoder, exhaust, flat_parameters, functional,
+                    one_line_errors, rows_of_all_ranks, start, stream, sum_over_ranks, train)
 
 # ---- Settings: stage, default (the paper's), meaning. Each is a flag, and kept in config.json 
 SETTINGS = {
@@ -91,8 +92,8 @@ DATASETS = {
                    expert_batch=64, percent=1.0, init="random", syn_batch=40, syn_lr=0.25,
                    syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
-COLUMNS = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
-ROWS = {                      # N, M, T+, rate of the pixels
+ROW = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
+ROWS = {                                   # N, M, T+, pixel_lr
     ("cifar10", 2): (40, 2, 5, 1e3),
     ("cifar10", 5): (40, 2, 5, 1e4),
     ("cifar100", 2): (40, 2, 2, 1e3),
@@ -101,6 +102,8 @@ ROWS = {                      # N, M, T+, rate of the pixels
     ("tinyimagenet", 5): (10, 2, 2, 1e5),
     ("shapes", 1): (30, 1, 2, 3e3),
 }
+VARIED = "percent", "ssl", "objective", "init"             # in the paper's tables
+FREE = "clip", "expert_epochs", "iterations"               # beside its values all the same
 SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
 # A.2 names no rate for the inner steps of MTT; its public code begins at that of its experts.
 MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
@@ -125,7 +128,7 @@ def train_teacher(network, optimizer, data, s, first=0):
 
     def loss(batch, step):
         images, draw = data.train_images[batch[RANK::RANKS]], step * RANKS + RANK
-        z1, z2 = evaluation.project(f, images, data, s, (s.seed, "teacher views", draw))
+        z1, z2 = project(f, images, data, s, (s.seed, "teacher views", draw))
         return loss_of(rows_of_all_ranks(z1), rows_of_all_ranks(z2), s)
 
     order = batches(n, size, s.teacher_epochs, s.seed, "teacher order", drop_last=True)
@@ -160,13 +163,14 @@ def teacher_stage(run):
         lambda *_: sum_over_ranks([p.grad for p in model.parameters()]))
     network = compiled(model, s.compile and s.device.type == "cuda" and RANKS == 1)
     checkpoint, state = folder / "teacher_checkpoint.pt", dict(model=model, optimizer=optimizer)
-    loop = train_teacher(network, optimizer, data, s, restore(checkpoint, **state))
+    first = restore(checkpoint, **state)
+    loop = train_teacher(network, optimizer, data, s, first)
     steps = s.teacher_epochs * (len(data.train_images) // batch_of(data, s))
     for step, _ in follow("teacher", loop, steps, run.log, checkpoint, **state):
         if data.labelled and step % max(1, steps // 10) == 0 and RANK == 0:
             model.eval()
             with contextlib.suppress(ValueError):                  # too few labels
-                probe, = evaluation.linear_scores(model[0], data, [5], s.seed)
+                probe, = linear_scores(model[0], data, [5], s.seed)
                 run.log("teacher", step, steps, probe=probe)
             model.train()
     model.eval()
@@ -208,12 +212,12 @@ def experts_stage(run):
     s, images = run.s, run.data.train_images
     rows, d = read_targets(s, run.data, run.run_dir)
     examples = examples_of(s, run.data, images, rows)
-    model, loss = evaluation.student(student_name(s), d, run.data.image_size, s)
+    model, loss = student(student_name(s), d, run.data.image_size, s)
     missing = [i for i in range(s.experts) if not expert_file(run, i).exists()][RANK::RANKS]
 
     def loop():
         for done, i in enumerate(missing):
-            begin = build_student(run, d, "expert", 0 if s.same_start else i)
+            begin = build(student_of(run, d), s.seed, "expert", 0 if s.same_start else i)
             model.load_state_dict(begin.state_dict())
             seed = stream(s.seed, "expert", i).initial_seed()
             thetas, losses = train_expert(model, loss, len(images), examples, s, seed)
@@ -221,13 +225,12 @@ def experts_stage(run):
                 raise InputError(f"experts: expert {i} diverged: lower --expert-lr {s.expert_lr}")
             save(expert_file(run, i), thetas)
             yield done + 1, {f"epoch {e + 1}": loss for e, loss in enumerate(losses)}
-    evaluation.exhaust(follow("experts", loop(), len(missing), run.log))
+    exhaust(follow("experts", loop(), len(missing), run.log))
 
 
-def build_student(run, d, *name):
-    """The student of the settings, its weights from the stream called `name`."""
-    make = functools.partial(encoder, student_name(run.s), d, run.data.image_size)
-    return build(make, run.s.seed, *(name or ("student",))).to(run.s.device)
+def student_of(run, d):
+    """Makes a student of the settings."""
+    return functools.partial(encoder, student_name(run.s), d, run.data.image_size)
 
 
 def expert_file(run, i):
@@ -238,7 +241,7 @@ def expert_file(run, i):
 # ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) -----------------------------
 def high_loss(data, rows, losses, count, rng):
     """The images of the highest loss (section 4.2), the largest first."""
-    return subset(data, rows, evaluation.highest(losses, count))
+    return subset(data, rows, highest(losses, count))
 
 
 def random_images(data, rows, losses, count, rng):
@@ -263,9 +266,9 @@ def init_stage(run):
     rows, d = read_targets(s, data, run.run_dir)
     losses = None
     if OBJECTIVES[s.objective][1] == "representations":
-        f = functional(build_student(run, d))
+        f = functional(student_of(run, d)())
         thetas = (load(expert_file(run, i), mmap=True)[1].to(s.device) for i in range(s.experts))
-        losses = evaluation.loss_per_image(f, thetas, data, rows, OBJECTIVES[s.objective][0])
+        losses = loss_per_image(f, thetas, data, rows, OBJECTIVES[s.objective][0])
     elif s.init == "high_loss":
         raise InputError(f"--objective {s.objective} has no teacher for --init high_loss")
     images, targets = STARTS[s.init](data, rows, losses, run.size, stream(s.seed, "init"))
@@ -274,14 +277,22 @@ def init_stage(run):
 
 
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) --------------------------------
+def new_syn(images, s):
+    """Line 4, and what else `distill` changes, as it begins."""
+    return argparse.Namespace(
+        images=images.clone(), initial=images, velocity=torch.zeros_like(images),
+        lr=torch.tensor(s.syn_lr, device=images.device),
+        lr_velocity=torch.zeros((), device=images.device))
+
+
 def distill(gradient, adjoint, experts, syn, targets, s, first=0):
-    """Algorithm 1, lines 4 - 19: moves the images and the rate in `syn`, in place.
+    """Algorithm 1, lines 5 - 19: moves the images and the rate of `syn`, in place.
 
     gradient, adjoint: `inner_steps` of the students' loss. experts: K trajectories [T + 1, P].
-    syn: `images` [n, 3, H, W], `lr` (alpha_syn), `velocity` and `lr_velocity` (zeros at first).
-    targets(batch, draw): Z_syn, which stays fixed. Several ranks draw one trajectory each. Yields
-    (iterations done, Eq. 4's loss, alpha_syn, how far pixels have moved, how many images were
-    bounded)."""
+    syn: `images` [n, 3, H, W] and `lr` (alpha_syn), the `velocity` and `lr_velocity` of their SGD,
+    and the `initial` images (see `new_syn`). targets(batch, draw): Z_syn, which stays fixed.
+    Several ranks draw one trajectory each. Yields (iterations done, {Eq. 4's loss, alpha_syn, how
+    many images were bounded, how far pixels have moved})."""
     images, lr, initial = syn.images, syn.lr, syn.initial
     for step in range(first, s.iterations):                                             # line 5
         draw = s.seed, "distill", step * RANKS + RANK
@@ -385,13 +396,14 @@ def distill_stage(run):
     init, (_, d) = load(folder / "init.pt"), read_targets(s, data, run.run_dir)
     targets = init["targets"].to(s.device) if "targets" in init else None
     experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
-    loss = student_loss(functional(build_student(run, d)), OBJECTIVES[s.objective][0])
-    steps = [compiled(step, can_compile(s)) for step in inner_steps(loss)]
+    loss = student_loss(functional(student_of(run, d)()), OBJECTIVES[s.objective][0])
+    gradient, adjoint = (compiled(step, can_compile(s)) for step in inner_steps(loss))
     syn = new_syn(init["images"].to(s.device), s)
     state = {k: v for k, v in vars(syn).items() if k != "initial"}
     checkpoint = folder / "distill_checkpoint.pt"
     first = restore(checkpoint, **state)
-    loop = distill(*steps, experts, syn, targets_of(s, data, targets), s, first)
+    targets_at = targets_of(s, data, targets)
+    loop = distill(gradient, adjoint, experts, syn, targets_at, s, first)
 
     def keep(path, iterations):
         kept = {"images": syn.images, "targets": targets, "mean": data.mean.flatten(),
@@ -404,17 +416,11 @@ def distill_stage(run):
             keep(folder / f"distilled_{step:05d}.pt", step)
     if RANK == 0:
         draw_results(run, init["images"], syn.images.cpu())
+        lines = {k: v for k, v in read_results(folder).items() if "mkdt" not in k[0]}
         for stale in folder.glob("results*"):                    # of fewer iterations
             stale.unlink()
+        write_results(folder / "results.csv", lines)
         keep(path, s.iterations)                                 # last: the stage is done
-
-
-def new_syn(images, s):
-    """Lines 3 and 4: what `distill` moves, as it begins."""
-    return argparse.Namespace(
-        images=images.clone(), initial=images, velocity=torch.zeros_like(images),
-        lr=torch.tensor(s.syn_lr, device=images.device),
-        lr_velocity=torch.zeros((), device=images.device))
 
 
 # ---- 5. Evaluation (section 5; eval.py) ------------------------------------------------------
@@ -424,7 +430,7 @@ def eval_stage(run):
     if not run.data.labelled:
         return print(f"eval: {run.data.name} has no labels in both splits; to probe on another:\n"
                      f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
-    flags = ["--run-dir", str(run.set_dir), "--paired", "--data-dir", str(run.s.data_dir)]
+    flags = ["--run-dir", str(run.set_dir), "--paired", "mkdt", "--data-dir", str(run.s.data_dir)]
     args = evaluation.parse(flags + ["--no-compile"] * (not run.s.compile))
     args.device = run.s.device
     print(f"\n{evaluation.evaluate(args)}\nresults: {run.set_dir / 'results.md'}\n"
@@ -497,7 +503,7 @@ def figure1_stage(args, run):
                            run_dir=root / name, name="one", log_seconds=0)
             try:
                 execute(own, stage)
-            except InputError as error:                            # it diverged: a result as well
+            except Diverged as error:                              # a result as well
                 print(f"figure1: {name}: {error}")
         thetas = torch.stack([load(expert_file(own, i)) for i in range(5)])       # [5, T + 1, P]
         variance = (thetas - thetas.mean(dim=0)).square().mean(dim=(0, 2))        # Fig. 1a
@@ -519,20 +525,19 @@ def resolve(dataset, given):
         "tinyimagenet" if given.get("image_size", 0) >= 64 else "cifar10"
     percent = {"percent": SETTINGS["percent"][1], **DATASETS[known], **given}["percent"]
     row = min((p for name, p in ROWS if name == known), key=lambda p: abs(p - percent))
-    if (dataset, percent) != (known, row):
-        print(f"settings: no row for {dataset} at {percent:g}%, taking that of {known} at {row}%")
     # Only epochs 0 .. T+ + M are read, and the rate is constant: longer training is a waste.
-    last = max(M + T for (name, _), (_, M, T, _) in ROWS.items() if name == known)
+    last = max(M + T_plus for (name, _), (_, M, T_plus, _) in ROWS.items() if name == known)
     s = argparse.Namespace(**{
         **{name: default for name, (_, default, _) in SETTINGS.items()},
         **(SIMCLR if given.get("ssl") == "simclr" else {}), **DATASETS[known],
-        **dict(zip(COLUMNS, ROWS[known, row])), "expert_epochs": last,
+        **dict(zip(ROW, ROWS[known, row])), "expert_epochs": last,
         **BY_OBJECTIVE.get(given.get("objective"), {}), **given})
     for name, (_, default, _) in SETTINGS.items():
-        value, count = getattr(s, name), isinstance(default, int) and name != "max_start_epoch"
-        if not isinstance(value, str) and not (1 if count and default else 0) <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be finite and "
-                             f"{'positive' if count else 'at least 0'}")
+        value = getattr(s, name)
+        least = 1 if isinstance(default, int) and default and name != "max_start_epoch" else 0
+        if not isinstance(value, str) and not least <= value < math.inf:
+            raise InputError(f"--{name.replace('_', '-')} {value} must be finite, and at least "
+                             f"{least}")
     for name, choices in (("ssl", SSL), ("objective", OBJECTIVES), ("init", STARTS),
                           ("bf16", ("on", "off", "auto"))):
         if getattr(s, name) not in choices:
@@ -547,7 +552,11 @@ def open_run(args, given, **changed):
     """A run: settings, data, log and folders. run_dir has what all distilled sets of a data set
     share, the teacher and the experts; set_dir below it, called --name, one distilled set."""
     settings = resolve(args.dataset, given)
+    papers = resolve(args.dataset, {k: v for k, v in given.items() if k in VARIED})
     s = argparse.Namespace(**{**vars(args), **vars(settings), **changed})
+    s.changed = [k for k in SETTINGS if k not in FREE and getattr(s, k) != getattr(papers, k)]
+    if (s.dataset, s.percent) not in ROWS:
+        print(f"settings: there is no row for {s.dataset} at {s.percent:g}%: the nearest is taken")
     data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
     n = len(data.train_images)
     size = math.floor(n * s.percent / 100 + 1e-9)
@@ -572,7 +581,7 @@ def claim(run, stage):
     for earlier in [*STAGES][:[*STAGES].index(stage) + 1]:
         own = [k for k, (of, *_) in SETTINGS.items() if of == earlier]
         made.update({k: getattr(run.s, k) for k in own})
-        changed += {*own} & {*run.s.given} - {"percent", "ssl", "objective", "init"}
+        changed += {*own} & {*run.s.changed}
         path = (run.run_dir if earlier in ("teacher", "experts") else run.set_dir) / "config.json"
         config = read_json(path)
         then = config.get(earlier, {**made, "code": code, "paper": not changed})

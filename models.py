@@ -7,6 +7,7 @@
     train           the one training loop: teacher, experts, pre-training, fine-tuning
 
 To try an idea, write a function or a class and add a line to the dict of its kind."""
+import collections
 import contextlib
 import datetime
 import functools
@@ -275,6 +276,17 @@ def train(loss, optimizer, order, rate=None):
         value.backward()
         optimizer.step()
         yield step + 1, {"loss": value.detach()}
+
+
+def exhaust(loop):
+    """Runs a loop to its end."""
+    collections.deque(loop, maxlen=0)
+
+
+@torch.no_grad()
+def encode(f, images, prepare=lambda images: images, chunk=250):
+    """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
+    return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
 
 
 def compiled(f, on=True):
