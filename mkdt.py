@@ -592,7 +592,7 @@ def claim(run, stage):
                              "same experts) or --run-dir, or delete it")
         if then["code"] != code:
             print(f"{earlier}: {path.parent} was made by other code than it is now", flush=True)
-    if stage not in config and RANK == 0:
+    if stage not in config and RANK == 0:             # these are of the last in the loop, `stage`
         save_text(path, json.dumps({**config, stage: then}, indent=2) + "\n")
 
 
