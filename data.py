@@ -454,10 +454,12 @@ def shapes(data_dir=None, train=4000, test=1000, size=32):
 
 
 def pictures(dataset):
+    """The items of a data set of torchvision's that lies in memory."""
     return list(zip(dataset.data, dataset.targets))
 
 
 def files(dataset):
+    """The items of one that lies in files."""
     return list(zip(dataset._image_files, dataset._labels))
 
 
