@@ -11,7 +11,6 @@ downloaded."""
 import json
 import math
 import os
-import random
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.functional import InterpolationMode, resize, to_pil_image
+from torchvision.transforms.functional import (InterpolationMode, resize, rgb_to_grayscale,
+                                               to_pil_image)
 
 from models import RANK, InputError, first_line, rank_0_first
-
 
 # ---- Files -----------------------------------------------------------------------------------
 def write_file(path, write):
@@ -43,16 +43,13 @@ def write_file(path, write):
         beside.unlink(missing_ok=True) if path.parent.is_dir() else None
         raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
-
 def save(path, value):
     """torch.save of tensors, numbers, strings, lists and dicts."""
     write_file(path, lambda file: torch.save(value, file))
 
-
 def save_text(path, text):
     """A text file."""
     write_file(path, lambda file: file.write(text.encode()))
-
 
 def load(path, **options):
     """torch.load of plain data. Raises InputError, naming the file, on anything else."""
@@ -64,18 +61,8 @@ def load(path, **options):
         raise InputError(f"{path} is not a whole torch file of plain data "
                          f"({first_line(error)})") from error
 
-
-def read_json(path):
-    """The value in a JSON file, {} if there is none."""
-    try:
-        return json.loads(Path(path).read_text()) if Path(path).exists() else {}
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON ({first_line(error)})") from error
-
-
 class Diverged(InputError):
     """A loop whose values are no longer finite."""
-
 
 # ---- Training loops are generators of (step, {name: value}); this is what follows them -------
 class Log:
@@ -85,14 +72,10 @@ class Log:
     def __init__(self, path=None, seconds=10.0, minutes=5.0):
         self.path, self.seconds, self.minutes, self.last = path, seconds, minutes, -math.inf
 
-    def due(self):
-        return time.monotonic() - self.last >= self.seconds
-
     def __call__(self, stage, step, total, rate=0.0, **values):
         """rate: steps a second."""
         self.last = time.monotonic()
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
-                          for k, v in values.items())
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
         speed = f"{rate:.3g} it/s  {(total - step) / rate / 60:.1f} min left" if rate else ""
         print(f"{stage:<8} {step:>6}/{total}  {shown}  {speed}", flush=True)
         if self.path and RANK == 0:
@@ -100,34 +83,30 @@ class Log:
             with open(self.path, "a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
-
 def follow(stage, loop, total, log, path=None, **state):
     """Yields what `loop` yields, (step, {name: value}); logs it, and saves `state` (see `restore`)
     in the file `path`, when that is due.
-
     Only then are values read from the device: means since the last line. Raises Diverged where
     one is not finite, or a learned rate "lr" not positive: no such state is ever saved."""
-    recent, first, began = [], None, time.monotonic()
+    recent, began = [], time.monotonic()
     saved = began
-    for step, values in loop:
+    for done, (step, values) in enumerate(loop, 1):
         yield step, values                     # the caller may take a snapshot first
-        first = step - 1 if first is None else first
         recent.append(values)
         now = time.monotonic()
         due = path and (now - saved >= 60 * log.minutes or step == total)
-        if not (due or log.due() or step == total):
+        if not due and now - log.last < log.seconds and step < total:
             continue
         means = {k: float(sum(v[k] for v in recent)) / len(recent) for k in values}
         rate, recent = float(values.get("lr", 1)), []
         if not all(map(math.isfinite, means.values())) or rate <= 0:
             raise Diverged(f"{stage}: {means} at step {step}: lower its rate, or bound the step "
                            "(--clip); the last checkpoint is of before")
-        log(stage, step, total, (step - first) / max(now - began, 1e-9), **means)
+        log(stage, step, total, done / max(now - began, 1e-9), **means)
         if due and RANK == 0:
             tensors = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in state.items()}
             save(path, {"step": step, **tensors})
             saved = time.monotonic()
-
 
 @torch.no_grad()
 def restore(path, **state):
@@ -141,7 +120,6 @@ def restore(path, **state):
     print(f"resuming from {path} at step {saved['step']}", flush=True)
     return saved["step"]
 
-
 # ---- A data set ------------------------------------------------------------------------------
 # Means and deviations of the authors' code: the pixel rates of Tables 8 and 9 are in units of
 # these deviations. Any other data set is normalised by its own training images.
@@ -150,7 +128,6 @@ STATISTICS = {
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
     "tinyimagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-
 
 @dataclass
 class Dataset:
@@ -187,10 +164,8 @@ class Dataset:
         """The inverse of `normalize`, in [0, 1]."""
         return images * self.std + self.mean
 
-
 def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images=0):
     """The Dataset called `name`, on `device`.
-
     name: a key of OFFICIAL; the path of a folder with train/ and test/ inside; or of an .npz.
     image_size: the side to squash to; 0: its own (32 for folders). train_images: the first so
     many only, 0 for all. Raises InputError if it cannot be had."""
@@ -199,14 +174,15 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
         arrays, title = read_npz(path), path.stem
     else:
         if name in OFFICIAL:
-            items, side, version = lambda: official(name, data_dir), OFFICIAL[name][1], ""
+            items, version = lambda: official(name, data_dir), ""
         elif path.is_dir():
-            found, side = folder_items(path), 32
+            found = folder_items(path)
             listing = [(p, os.path.getmtime(p)) for split in found.values() for p, _ in split]
             items, version = lambda: found, f"-{zlib.crc32(repr(listing).encode()):08x}"
         else:
             raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a "
                              "folder with train/ (and test/) inside, or an .npz file")
+        side = 64 if name == "tinyimagenet" else 32
         size = image_size or side
         called = f"{title}{version}" + f"-{size}px" * (size != side)
         arrays = cached(Path(data_dir, f"{called}.npz"), items, size)
@@ -221,13 +197,11 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     return Dataset(title, **tensors, mean=torch.tensor(mean, device=device)[:, None, None],
                    std=torch.tensor(std, device=device)[:, None, None])
 
-
-def channel_statistics(images, most=10_000):
-    """Mean and deviation per channel, in [0, 1], of uint8 images [N, H, W, 3], of `most` of them
-    at even distances."""
-    sample = images[::len(images) // most + 1] / 255
+def channel_statistics(images):
+    """Mean and deviation per channel, in [0, 1], of uint8 images [N, H, W, 3], or of 10,000 of
+    them at even distances."""
+    sample = images[::len(images) // 10_000 + 1] / 255
     return sample.mean(axis=(0, 1, 2)).tolist(), sample.std(axis=(0, 1, 2)).clip(1e-3).tolist()
-
 
 def cached(path, items, size):
     """The arrays in the .npz `path`; if there is none, of items(), decoded and kept there."""
@@ -236,7 +210,6 @@ def cached(path, items, size):
             arrays = decode(items(), size)
             write_file(path, lambda file: np.savez(file, **arrays))
         return read_npz(path)
-
 
 def read_npz(path):
     """The four arrays of an .npz, checked; labels (-1) and test images may be missing."""
@@ -259,31 +232,31 @@ def read_npz(path):
         checked.update({f"{split}_images": x, f"{split}_labels": y.astype(np.int64)})
     return checked
 
-
 def checksum(data):
     """Eight hexadecimal digits that change with a data set's training images."""
     images = data.train_images.permute(0, 2, 3, 1).contiguous().cpu()
     return f"{zlib.crc32(images.numpy()):08x}"
 
-
-def read_representations(path, data):
-    """--representations FILE, in the order of the training images."""
+def read_representations(path):
+    """The array in a .npy or torch file."""
     try:
-        z = torch.as_tensor(np.load(path) if path.endswith(".npy") else load(path)).float()
+        return torch.as_tensor(np.load(path) if path.endswith(".npy") else load(path)).float()
     except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"--representations {path} holds no array of numbers ({error})") from error
-    if z.shape[:1] != data.train_images.shape[:1]:
-        raise InputError(f"--representations {path}: {list(z.shape)} numbers for "
-                         f"{len(data.train_images)} training images")
-    return z
 
-
-def check_representations(z, source):
-    """InputError if representations are not [n, d], finite, and more than one point."""
-    if z.dim() != 2 or not z.isfinite().all() or (z == z[0]).all():
-        raise InputError(f"{source}: representations must be [n, d], finite and not all alike, "
+def check_representations(z, n, source):
+    """InputError if representations of n images are not [n, d], finite, and more than one point."""
+    if z.dim() != 2 or len(z) != n or not z.isfinite().all() or (z == z[0]).all():
+        raise InputError(f"{source}: representations must be [{n}, d], finite and not all alike, "
                          f"unlike these {list(z.shape)}")
 
+def share(n, percent, flag):
+    """How many that percentage of n images is. Raises InputError where it is none, or over all."""
+    count = math.floor(n * percent / 100 + 1e-9)
+    if not 1 <= count <= n:
+        raise InputError(f"{flag} {percent:g} of {n} training images is {count}: it must leave at "
+                         "least one and at most all")
+    return count
 
 # ---- Where images come from: {"train": [(picture or path, label), ...], "test": [...]} -------
 def decode(items, size):
@@ -306,7 +279,6 @@ def decode(items, size):
             arrays.update({f"{split}_images": images, f"{split}_labels": labels})
     return arrays
 
-
 def folder_items(folder):
     """train/<class>/* and test/<class>/*, or train/* without classes, in sorted order."""
     splits, items = [folder / split for split in ("train", "test")], {}
@@ -323,16 +295,13 @@ def folder_items(folder):
                          "or images without folders")
     return items
 
-
 def official(name, data_dir):
     """The items of a data set of OFFICIAL, downloaded if they do not lie in `data_dir`."""
     try:
-        Path(data_dir).mkdir(parents=True, exist_ok=True)
-        return OFFICIAL[name][0](Path(data_dir))
+        return OFFICIAL[name](Path(data_dir))
     except Exception as error:                      # no network, a damaged archive, no scipy
         raise InputError(f"cannot read {name} ({first_line(error)}): put its official archive or "
                          f"{name}.npz into {data_dir}/ (README, Your own images)") from error
-
 
 def fetched(folder, *archives):
     """`folder`, into which the archives ((address, md5), ...) are downloaded and unpacked."""
@@ -340,37 +309,33 @@ def fetched(folder, *archives):
         download_and_extract_archive(url, folder, md5=md5)
     return folder
 
-
 def from_torchvision(make, option, train, test, pairs, **options):
     """A reader of one of torchvision's data sets, of which pairs(it) are the items."""
-    return lambda data_dir: {split: pairs(make(data_dir, **{option: value}, **options))
+    return lambda data_dir: {split: list(pairs(make(data_dir, **{option: value}, **options)))
                              for split, value in (("train", train), ("test", test))}
-
 
 def tinyimagenet(data_dir):
     """The validation images are the test split, as everywhere."""
-    root = fetched(data_dir / "tinyimagenet", (
-        "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"))
-    root = root / "tiny-imagenet-200"
+    address = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+    folder = fetched(data_dir / "tinyimagenet", (address, "90528d7ca1a48142e341f4ef8d21d0de"))
+    root = folder / "tiny-imagenet-200"
     classes = {path.name: i for i, path in enumerate(sorted((root / "train").iterdir()))}
     lines = (root / "val/val_annotations.txt").read_text().splitlines()
     val = [line.split("\t")[:2] for line in lines]
     return {"train": make_dataset(str(root / "train"), classes, IMG_EXTENSIONS),
             "test": [(root / "val/images" / file, classes[wnid]) for file, wnid in val]}
 
-
 def cub2011(data_dir):
     """CUB-200-2011 in its official split."""
     address = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
-    root = fetched(data_dir / "cub2011", (address, "97eceeb196236b17998738112f37df78"))
-    root = root / "CUB_200_2011"
+    folder = fetched(data_dir / "cub2011", (address, "97eceeb196236b17998738112f37df78"))
+    root = folder / "CUB_200_2011"
     paths, classes, in_train = (
         dict(line.split() for line in (root / file).read_text().splitlines())
         for file in ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
     return {split: [(root / "images" / paths[i], int(classes[i]) - 1)
                     for i in paths if in_train[i] == flag]
             for split, flag in (("train", "1"), ("test", "0"))}
-
 
 def dogs(data_dir):
     """Stanford Dogs in its official split."""
@@ -382,110 +347,63 @@ def dogs(data_dir):
                     for file, label in zip(m["file_list"], m["labels"])]
             for split, m in lists.items()}
 
-
 # ---- shapes: the embedded data set -----------------------------------------------------------
-def wedge(x, y, n):
-    """The angle to the middle of the nearest of n equal wedges."""
-    return np.mod(np.arctan2(y, x), 2 * np.pi / n) - np.pi / n
-
-
-# Name: signed distance, in radii, at points x, y, r from the centre; u, v = |x|, |y|.
-SHAPES = {
-    "disc": lambda x, y, r, u, v: r - 0.85,
-    "ring": lambda x, y, r, u, v: abs(r - 0.75) - 0.2,
-    "square": lambda x, y, r, u, v: np.maximum(u, v) - 0.75,
-    "frame": lambda x, y, r, u, v: abs(np.maximum(u, v) - 0.68) - 0.18,
-    "triangle": lambda x, y, r, u, v: r * np.cos(wedge(x, y, 3)) - np.cos(np.pi / 3),
-    "cross": lambda x, y, r, u, v: np.minimum(np.maximum(u - 0.27, v - 0.95),
-                                              np.maximum(u - 0.95, v - 0.27)),
-    "star": lambda x, y, r, u, v: r - (0.42 + 0.58 * (abs(wedge(x, y, 5)) / (np.pi / 5)) ** 1.5),
-    "crescent": lambda x, y, r, u, v: np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y)),
-    "hourglass": lambda x, y, r, u, v: np.maximum(v - 0.85, u - v * 0.9 - 0.08),
-    "dumbbell": lambda x, y, r, u, v: np.minimum(np.hypot(u - 0.62, y) - 0.4,
-                                                 np.maximum(u - 0.6, v - 0.14)),
+FORMS = {
+    "disc":      "..###.. .#####. ####### ####### ####### .#####. ..###..",
+    "ring":      "..###.. .#####. ##...## ##...## ##...## .#####. ..###..",
+    "square":    "....... .#####. .#####. .#####. .#####. .#####. .......",
+    "frame":     "####### ####### ##...## ##...## ##...## ####### #######",
+    "triangle":  "...#... ...#... ..###.. ..###.. .#####. .#####. #######",
+    "cross":     "..###.. ..###.. ####### ####### ####### ..###.. ..###..",
+    "star":      "...#... ...#... ####### .#####. ..###.. .##.##. ##...##",
+    "crescent":  "..####. .###... ###.... ###.... ###.... .###... ..####.",
+    "hourglass": "####### .#####. ..###.. ...#... ..###.. .#####. #######",
+    "dumbbell":  "....... ###.### ####### ####### ####### ###.### .......",
 }
 
-
-def texture(rng, n, grid):
-    """n smooth random fields of mean 0 and deviation 1: sums of four random plane waves."""
-    field = np.zeros((n, *grid.shape[1:]), np.float32)
-    for _ in range(4):
-        angle, frequency, phase = (rng.uniform(low, high, (n, 1, 1))
-                                   for low, high in ((0, np.pi), (0.2, 1.1), (0, 2 * np.pi)))
-        along = np.cos(angle) * grid[0] + np.sin(angle) * grid[1]
-        field += np.sin(frequency * along + phase).astype(np.float32)
-    return field[..., None] / np.sqrt(2)
-
-
 def draw_shapes(n, size, rng):
-    """(uint8 [n, size, size, 3], labels [n]): one of ten forms an image.
-
-    Position, size, rotation, colours, textures, light and noise are random and independent of
-    the class, so that neither colour nor brightness nor any single pixel gives it away."""
-    labels = rng.permutation(np.arange(n) % len(SHAPES))
-    grid = np.stack(np.meshgrid(np.arange(size), np.arange(size), indexing="xy"))
-    grid = grid.astype(np.float32)
-    radius = rng.uniform(0.28, 0.40, (n, 1, 1)) * size
-    centre = rng.uniform(-0.1, 0.1, (2, n, 1, 1)) * size + (size - 1) / 2
-    angle = rng.uniform(0, 2 * np.pi, (n, 1, 1))
-    dx, dy = (grid[:, None] - centre) / radius
-    x = np.cos(angle) * dx + np.sin(angle) * dy
-    y = np.cos(angle) * dy - np.sin(angle) * dx
-    distance = np.empty((n, size, size), np.float32)
-    for k, signed_distance in enumerate(SHAPES.values()):
-        p, q = x[labels == k], y[labels == k]
-        distance[labels == k] = signed_distance(p, q, np.hypot(p, q), abs(p), abs(q))
-    cover = np.clip(0.5 - distance * radius, 0, 1)[..., None].astype(np.float32)  # antialiased
-    # A random hue on each, their luma a set distance apart with either one the brighter.
-    hues = rng.normal(0, 0.06, (2, n, 1, 1, 3))
-    hues -= hues @ np.array([[0.299], [0.587], [0.114]])
+    """(uint8 [n, size, size, 3], labels [n]): one of FORMS an image, in equal numbers.
+    Position, size, rotation, colours and noise are random and independent of the form, so that
+    neither brightness nor any single pixel gives it away."""
+    labels = rng.permutation(np.arange(n) % len(FORMS))
+    forms = torch.tensor([[[c == "#" for c in row] for row in form.split()]
+                          for form in FORMS.values()], dtype=torch.float64)
+    radius, angle = rng.uniform(0.56, 0.8, n), rng.uniform(0, 2 * np.pi, n)
+    x, y = rng.uniform(-0.2, 0.2, (2, n)) / radius
+    cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
+    from_image = torch.from_numpy(np.array([[cos, sin, x], [-sin, cos, y]])).permute(2, 0, 1)
+    grid = F.affine_grid(from_image, [n, 1, size, size], align_corners=False)
+    cover = F.grid_sample(forms[labels][:, None], grid, align_corners=False)      # [n, 1, H, H]
+    cover = (2 * cover - 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()             # sharper edges
     contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
-    ground, form = (0.5 + luma + hue for luma, hue in zip((-contrast, contrast), hues))
-    tint = rng.normal(0, 0.02, (2, n, 1, 1, 3))
-    ground, form = (c + t * texture(rng, n, grid) for c, t in zip((ground, form), tint))
+    ground, form = rng.normal(0.5, 0.06, (2, n, 1, 1, 3)) + np.stack([-contrast, contrast])
     images = ground + cover * (form - ground) + rng.normal(0, 0.06, (n, size, size, 3))
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8), labels
 
-
-def shapes(data_dir=None, train=4000, test=1000, size=32):
+def shapes(data_dir):
     """The items of `shapes`, drawn by numpy alone."""
-    pairs = list(zip(*draw_shapes(train + test, size, np.random.default_rng(0))))
-    return {"train": pairs[:train], "test": pairs[train:]}
+    pairs = list(zip(*draw_shapes(5000, 32, np.random.default_rng(0))))
+    return {"train": pairs[:4000], "test": pairs[4000:]}
 
-
-def pictures(dataset):
-    """The items of a data set of torchvision's that lies in memory."""
-    return list(zip(dataset.data, dataset.targets))
-
-
-def files(dataset):
-    """The items of one that lies in files."""
-    return list(zip(dataset._image_files, dataset._labels))
-
-
-# Name: a reader of its items in a data_dir, the side in pixels.
-OFFICIAL = {
-    "cifar10": (from_torchvision(
-        datasets.CIFAR10, "train", True, False, pictures, download=True), 32),
-    "cifar100": (from_torchvision(
-        datasets.CIFAR100, "train", True, False, pictures, download=True), 32),
-    "tinyimagenet": (tinyimagenet, 64),
-    "aircraft": (from_torchvision(                                           # 100 variants
-        datasets.FGVCAircraft, "split", "trainval", "test", files, download=True), 32),
-    "cub2011": (cub2011, 32),
-    "dogs": (dogs, 32),
-    "flowers": (from_torchvision(
-        datasets.Flowers102, "split", "train", "test", files, download=True), 32),
-    "cars": (from_torchvision(
-        datasets.StanfordCars, "split", "train", "test", lambda d: d._samples), 32),
-    "shapes": (shapes, 32),
+CIFAR = dict(option="train", train=True, test=False, download=True,
+             pairs=lambda d: zip(d.data, d.targets))
+FILES = dict(option="split", test="test", download=True,
+             pairs=lambda d: zip(d._image_files, d._labels))
+OFFICIAL = {                                        # name: a reader of its items in a data_dir
+    "cifar10": from_torchvision(datasets.CIFAR10, **CIFAR),
+    "cifar100": from_torchvision(datasets.CIFAR100, **CIFAR),
+    "tinyimagenet": tinyimagenet,
+    "aircraft": from_torchvision(datasets.FGVCAircraft, train="trainval", **FILES),   # 100 variants
+    "cub2011": cub2011,
+    "dogs": dogs,
+    "flowers": from_torchvision(datasets.Flowers102, train="train", **FILES),
+    "cars": from_torchvision(datasets.StanfordCars, "split", "train", "test", lambda d: d._samples),
+    "shapes": shapes,
 }
-
 
 # ---- Augmentation: a batch at a time, with its own parameters for every image ----------------
 def random_crops(n, size, scale, rng):
     """Boxes of torchvision's RandomResizedCrop, (top, left, height, width), each [n].
-
     A box covers a share of the image drawn from `scale` at an aspect ratio from [3/4, 4/3],
     uniform in the logarithm; the first of ten draws that fits, the whole image if none does."""
     area = torch.empty(n, 10, device=rng.device).uniform_(*scale, generator=rng) * size * size
@@ -494,16 +412,13 @@ def random_crops(n, size, scale, rng):
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (width <= size) & (height <= size) & (width >= 1) & (height >= 1)
     first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
-    width, height = (torch.where(any_fits, v.gather(1, first)[:, 0], size)
-                     for v in (width, height))
+    width, height = (torch.where(any_fits, v.gather(1, first)[:, 0], size) for v in (width, height))
     place = torch.rand(2, n, device=rng.device, generator=rng)
     top, left = (place * torch.stack([size - height + 1, size - width + 1])).floor()
     return top, left, height, width
 
-
 def resized_crop(images, box, size, flip):
     """Crops box i out of image i, resizes it bilinearly to `size` and mirrors it where `flip`.
-
     images [B, C, H, W] float; box: top, left, height, width, each [B]. Interpolation is linear
     in each direction, so the whole batch is two batched products with matrices of hat functions.
     Nothing from beyond a box bleeds in. Equal to torchvision's where that does not shrink."""
@@ -523,32 +438,9 @@ def resized_crop(images, box, size, flip):
     columns = weights(left, width, images.shape[3], flip)
     return rows[:, None] @ images @ columns[:, None].transpose(2, 3)       # [B, C, size, size]
 
-
-def grayscale(images):
-    """Luma of RGB images [B, 3, H, W] -> [B, 1, H, W], with torchvision's weights."""
-    r, g, b = images.unbind(1)
-    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
-
-
-def blend(images, other, factor):
-    """images * factor + other * (1 - factor), in [0, 1]."""
-    return (images * factor + other * (1 - factor)).clamp(0, 1)
-
-
-def adjust_brightness(images, factor):
-    """Blends with black; factor [B, 1, 1, 1]."""
-    return blend(images, 0, factor)
-
-
-def adjust_contrast(images, factor):
-    """Blends with each image's mean luma."""
-    return blend(images, grayscale(images).mean(dim=(1, 2, 3), keepdim=True), factor)
-
-
-def adjust_saturation(images, factor):
-    """Blends with each pixel's luma."""
-    return blend(images, grayscale(images), factor)
-
+def away(images, other, amount):
+    """Moves images in [0, 1] away from `other` by `amount` [B, 1, 1, 1] of the difference."""
+    return (images + amount * (images - other)).clamp(0, 1)
 
 def adjust_hue(images, shift):
     """Turns the hue by shift [B, 1, 1, 1], in turns, at equal HSV saturation and value."""
@@ -565,13 +457,17 @@ def adjust_hue(images, shift):
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels, 1)
 
-
-JITTERS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
-
+# torchvision's jitters as (images, amount): its factor is 1 + amount, its shift of hue amount / 4.
+JITTERS = {
+    "brightness": lambda x, amount: away(x, 0, amount),
+    "contrast": lambda x, amount: away(
+        x, rgb_to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True), amount),
+    "saturation": lambda x, amount: away(x, rgb_to_grayscale(x), amount),
+    "hue": lambda x, amount: adjust_hue(x, amount / 4),
+}
 
 def two_views(images, seed, scale=(0.08, 1.0), gray=0.2):
     """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1.
-
     images: uint8 [B, 3, H, H]. Returns two float tensors in [0, 1], not normalised. The rest as
     in `draw_augmentations`. Raises ValueError on other images."""
     n, channels, height, width = images.shape
@@ -582,18 +478,15 @@ def two_views(images, seed, scale=(0.08, 1.0), gray=0.2):
     images = images.float() / 255
     return tuple(augment(images) for augment in views)
 
-
 def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), gray=0.2):
     """Two draws from A of Eq. 1 for n images, as functions of images [n, 3, size, size] in [0, 1].
-
     Random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
     contrast, saturation (0.4) and hue (0.1, p 0.8), grey (p `gray`), as in the recipe of A.1.
     Every image has its own parameters, which `seed` fixes; only the order of the jitters is
     drawn once a view. The functions are differentiable and the same at every call."""
-    rng, orders = torch.Generator(device).manual_seed(seed), random.Random(seed)
-    return tuple(draw_augmentation(n, size, rng, orders.sample(range(4), 4), scale, gray)
+    rng, orders = torch.Generator(device).manual_seed(seed), np.random.default_rng(seed)
+    return tuple(draw_augmentation(n, size, rng, orders.permutation([*JITTERS]), scale, gray)
                  for _ in range(2))
-
 
 def draw_augmentation(n, size, rng, order, scale, gray):
     """One of `draw_augmentations`, with the jitters in that order."""
@@ -601,19 +494,15 @@ def draw_augmentation(n, size, rng, order, scale, gray):
         return torch.rand(n, device=rng.device, generator=rng) < p
 
     box, flip, jittered = random_crops(n, size, scale, rng), chance(0.5), chance(0.8)
-    spread = torch.tensor([0.4, 0.4, 0.4, 0.1], device=rng.device)[:, None]
-    drawn = torch.rand(4, n, device=rng.device, generator=rng) * 2 - 1
-    amount = drawn * spread * jittered                            # 0: left as it is
-    grey = chance(gray)
+    amounts = 0.8 * torch.rand(4, n, 1, 1, 1, device=rng.device, generator=rng) - 0.4
+    amounts, grey = amounts * jittered[:, None, None, None], chance(gray)
 
     def augment(images):
         images = resized_crop(images, box, size, flip)
-        for i in order:
-            neutral = 0 if JITTERS[i] is adjust_hue else 1        # hue: a shift, else factors
-            images = JITTERS[i](images, neutral + amount[i].view(-1, 1, 1, 1))
-        return torch.where(grey.view(-1, 1, 1, 1), grayscale(images), images)
+        for name, amount in zip(order, amounts):
+            images = JITTERS[name](images, amount)
+        return torch.where(grey[:, None, None, None], rgb_to_grayscale(images), images)
     return augment
-
 
 def shift_and_flip(images, seed, most=4):
     """Float images [B, C, H, H] in [0, 1], each shifted by up to `most` pixels (black comes in)
@@ -622,5 +511,5 @@ def shift_and_flip(images, seed, most=4):
     top, left = torch.randint(2 * most + 1, (2, n), device=images.device, generator=rng)
     flip = torch.rand(n, device=images.device, generator=rng) < 0.5
     whole = torch.full((n,), size, device=images.device)
-    padded = torch.nn.functional.pad(images, [most] * 4)
+    padded = F.pad(images, [most] * 4)
     return resized_crop(padded, (top, left, whole, whole), size, flip)

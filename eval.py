@@ -6,27 +6,25 @@
 A seed fixes the encoder's initial weights, the order of its batches and which images are labelled,
 each in a stream of its own and the same for every set: differences are paired."""
 import argparse
-import collections
-import contextlib
 import copy
 import csv
 import functools
 import io
 import itertools
+import json
 import math
 import pickle
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (Log, draw_augmentations, follow, load, load_dataset, read_json, restore, save,
-                  save_text, shift_and_flip, two_views)
+from data import (Log, draw_augmentations, follow, load, load_dataset, restore, save, save_text,
+                  share, shift_and_flip, two_views)
 from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
-                    compiled, encode, encoder, exhaust, first_line, one_line_errors, rank_0_first,
+                    command_line, compiled, encode, encoder, exhaust, first_line, rank_0_first,
                     start, stream, train)
 
 # What to pre-train on: what may follow the name and a colon, and what it is. Each may end in a
@@ -39,10 +37,8 @@ SETS = {
     "high_loss": ("", "as many, those of the highest loss (section 4.2)"),
     "initial": ("", "the images that distillation began with"),
     "krr_st": (r"|\d+", "distilled here by KRR-ST, 160000 iterations; krr_st:1000: 1000"),
-    "dm": (r"|\d+(:\d+)?", "distilled here by DM without labels, 20000 iterations; dm:500: 500; "
-           "dm:500:7: in 7 groups instead of one a class"),
-    "distilled": (".+", "distilled:PATH: a set of this project, the authors' code or KRR-ST, used "
-                  "as it is"),
+    "dm": (r"|\d+", "distilled here by DM without labels, 20000 iterations; dm:500: 500"),
+    "distilled": (".+", "distilled:PATH: a set of this project, the authors' or KRR-ST's code"),
     "raw": (".+", "raw:PATH: such a set in pixels from 0 to 1, which are normalised first"),
     "mkdt": (r"|\d+", "the run's distilled set; mkdt:1000: its snapshot after 1000 iterations"),
     "full": ("", "all training images"),
@@ -53,17 +49,13 @@ METHODS = {"none": "No Pre-Training", "random": "Random Subset", "high_loss": "H
            "initial": "Initial Images", "dm": "DM (no labels)", "full": "Full Data"}
 TASKS = "cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers".split()      # of Table 1
 
-
 # ---- Pre-training (Eq. 9) and features ---------------------------------------------------------
-def pretrain(encoder, loss, n, examples, lr, s, seed):
-    """Trains `encoder` by loss(x, y) on n examples (Eq. 9); yields as `train`.
-
-    SGD with momentum 0.9, a constant rate, the short last batch kept; `seed` fixes the order."""
-    optimizer = torch.optim.SGD(encoder.parameters(), lr, 0.9, weight_decay=s.pretrain_decay)
-    order = batches(n, s.pretrain_batch, s.pretrain_epochs, seed, "pretrain order")
+def pretrain(encoder, loss, order, examples, lr, decay, seed):
+    """Trains `encoder` by loss(x, y) on the examples of the `batches` in `order` (Eq. 9): SGD with
+    momentum 0.9, a constant rate, that weight decay. Yields as `train`."""
+    optimizer = torch.optim.SGD(encoder.parameters(), lr, 0.9, weight_decay=decay)
     return train(lambda batch, step: loss(*examples(batch, (seed, "pretrain views", step))),
                  optimizer, order)
-
 
 def pretrain_ssl(encoder, images, data, lr, epochs, s, seed):
     """Trains `encoder` by the teacher's self-supervised loss on uint8 `images` alone: appendix
@@ -77,15 +69,12 @@ def pretrain_ssl(encoder, images, data, lr, epochs, s, seed):
         network, images[batch], data, s, (seed, "pretrain views", step)), s),
         optimizer, (o for o in order if len(o[1]) > 1))                     # batch norm needs two
 
-
 def project(network, images, data, s, draw):
     """A network's outputs for two views x1, x2 ~ A(x) of uint8 images: Eq. 1's z1, z2 [B, k].
-
     Both views go through it as one batch, so batch norm sees them together."""
     views = two_views(images, stream(*draw).initial_seed(), (s.crop_scale, 1.0), s.gray)
     x = torch.cat([data.normalize(view) for view in views])                  # [2B, 3, H, W]
     return network(x.contiguous(memory_format=torch.channels_last)).float().chunk(2)
-
 
 def examples_of(s, data, images, rows):
     """examples(batch, draw) -> normalised x, and y of OBJECTIVES (see `targets_of`), for images
@@ -97,7 +86,6 @@ def examples_of(s, data, images, rows):
         return data.normalize(x) if x.dtype == torch.uint8 else x, targets(batch, draw)
     return examples
 
-
 def targets_of(s, data, rows):
     """targets(batch, draw): y of OBJECTIVES for the images `batch`, whose representations or
     labels are `rows`; without rows, two augmentations, drawn from stream(*draw)."""
@@ -105,13 +93,11 @@ def targets_of(s, data, rows):
         return lambda batch, draw: views_of(s, data, len(batch), draw)
     return lambda batch, draw: rows[batch]
 
-
 def views_of(s, data, n, draw):
     """Two augmentations, as functions of n normalised images of `data`."""
     pair = draw_augmentations(n, data.image_size, stream(*draw).initial_seed(),
                               data.train_images.device, (s.crop_scale, 1.0), s.gray)
     return tuple(lambda x, view=view: data.normalize(view(data.denormalize(x))) for view in pair)
-
 
 def read_targets(s, data, run_dir):
     """(Z_T [n, d], labels [n] or None, by --objective; the dimension of a student's output)."""
@@ -123,11 +109,9 @@ def read_targets(s, data, run_dir):
         raise InputError(f"--objective {s.objective}: {data.name} has images without a label")
     return (data.train_labels, data.classes) if kind == "labels" else (None, 128)
 
-
 def can_compile(s):
     """Whether to compile students' steps. Augmentations are other functions in every step."""
     return s.compile and OBJECTIVES[s.objective][1] != "views"
-
 
 def loss_per_image(f, thetas, data, z, objective):
     """Section 4.2: the loss of each training image to its row of z, a mean over `thetas` [n]."""
@@ -137,16 +121,13 @@ def loss_per_image(f, thetas, data, z, objective):
         losses.append(objective(lambda x: x, out, z).view(len(z), -1).mean(dim=1))
     return torch.stack(losses).mean(dim=0)
 
-
 def highest(losses, count):
     """Indices of the `count` largest of losses [n], the largest first, ties to the lower index."""
     return losses.cpu().sort(descending=True, stable=True).indices[:count]
 
-
 # ---- Judging an encoder: linear probe (Eq. 3), fine-tuning (Table 10) ---------------------------
 def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
     """A linear classifier by full-batch LBFGS: cross-entropy + weight * sum(W^2), the bias free.
-
     features [n, d], labels int64 [n]. From zero; a line search keeps it from diverging. Returns W
     [classes, d], b [classes]. Raises ValueError on features that are not finite."""
     if not features.isfinite().all():
@@ -165,35 +146,31 @@ def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
     optimizer.step(objective)
     return W.detach(), b.detach()
 
-
-def linear_scores(net, task, percents, seed, s=None):
+def linear_scores(net, task, percents, seed):
     """Yields the accuracy of a linear probe on each share of labels; encodes each image once."""
     drawn = [labelled_subset(len(task.train_images), percent, seed) for percent in percents]
     needed = torch.cat(drawn).unique()                                                # sorted
     features = encode(net.features, task.train_images[needed], task.normalize)
     test = encode(net.features, task.test_images, task.normalize)
     for percent, chosen in zip(percents, drawn):
-        labels = task.train_labels[chosen]
-        if (labels == labels[0]).all():
-            raise ValueError(f"the {len(labels)} labelled images of {percent:g}% are of one class")
-        W, b = linear_probe(features[torch.searchsorted(needed, chosen)], labels, task.classes)
+        rows = features[torch.searchsorted(needed, chosen)]
+        W, b = linear_probe(rows, task.train_labels[chosen], task.classes)
         yield accuracy(test @ W.T + b, task.test_labels)
 
+FINETUNE_STEPS = {"cifar10": 10_000, "cifar100": 10_000, "tinyimagenet": 10_000}    # else 5,000
 
-def finetune(encoder, task, chosen, s, seed):
+def finetune(encoder, task, chosen, seed):
     """A copy of `encoder` with a linear layer, trained as a whole on the images `chosen` of a
     labelled Dataset, as Lee et al. (2023) do; it maps images to logits.
-
-    SGD at s.finetune_lr with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of 256;
+    SGD at 0.01 with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of 256;
     images are shifted by up to four pixels and mirrored, then normalised."""
     encoder, images, labels = copy.deepcopy(encoder), task.train_images[chosen], task.train_labels
     d = encode(encoder.features, images[:1], task.normalize).shape[1]
     head = build(lambda: torch.nn.Linear(d, task.classes), seed, "fine-tuning head")
     encoder.head = torch.nn.Identity()
     network = torch.nn.Sequential(encoder, head.to(images.device)).train()
-    optimizer = torch.optim.SGD(network.parameters(), s.finetune_lr, 0.9, weight_decay=5e-4)
-    large = task.name in ("cifar10", "cifar100", "tinyimagenet")
-    steps = s.finetune_iterations or (10_000 if large else 5_000)
+    optimizer = torch.optim.SGD(network.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    steps = FINETUNE_STEPS.get(task.name, 5_000)
 
     def loss(batch, step):
         draw = stream(seed, "fine-tuning views", step).initial_seed()
@@ -201,45 +178,36 @@ def finetune(encoder, task, chosen, s, seed):
         return F.cross_entropy(network(x), labels[chosen[batch]])
 
     def cosine(step):
-        return s.finetune_lr * 0.5 * (1 + math.cos(math.pi * step / steps))
+        return 0.01 * 0.5 * (1 + math.cos(math.pi * step / steps))
     order = batches(len(images), 256, steps, seed, "fine-tuning order")
     exhaust(train(loss, optimizer, itertools.islice(order, steps), cosine))
     return network.eval()
 
-
-def finetuned_scores(net, task, percents, seed, s):
+def finetuned_scores(net, task, percents, seed):
     """Yields the accuracy after fine-tuning on each share of labels."""
     for percent in percents:
         chosen = labelled_subset(len(task.train_images), percent, seed)
-        logits = encode(finetune(net, task, chosen, s, seed), task.test_images, task.normalize)
+        logits = encode(finetune(net, task, chosen, seed), task.test_images, task.normalize)
         yield accuracy(logits, task.test_labels)
-
 
 def accuracy(logits, labels):
     """Percent of `labels` that the largest of `logits` [n, classes] predicts: 100 - Err, Eq. 3."""
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
-
 def labelled_subset(n, percent, seed):
     """Indices of the labelled images: that share of n, drawn uniformly, sorted."""
-    count = math.floor(n * percent / 100 + 1e-9)
-    if not 1 <= count <= n:
-        raise InputError(f"--labels {percent:g}% of {n} training images is {count} images")
     order = torch.randperm(n, generator=stream(seed, "labels", float(percent)))
-    return order[:count].sort().values
-
+    return order[:share(n, percent, "--labels")].sort().values
 
 # ---- Rivals: KRR-ST, and DM without labels (appendix F) ------------------------------------------
 def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
     """MSE of kernel ridge regression from the synthetic set to real images (Lee et al. 2023).
-
     Features f_syn [n, p], f_real [B, p], targets y_syn [n, d], y_real [B, d]. The kernel is linear
     in the features and a constant; the ridge is relative to the kernel's trace."""
     f_syn, f_real = (torch.cat([f, torch.ones_like(f[:, :1])], dim=1) for f in (f_syn, f_real))
     kernel = f_syn @ f_syn.T                                                       # [n, n]
     penalty = ridge * kernel.trace().detach() * torch.eye(len(kernel), device=kernel.device)
     return F.mse_loss(f_real @ f_syn.T @ torch.linalg.solve(kernel + penalty, y_syn), y_real)
-
 
 def krr_state(make, images, targets, iterations, seed, models=10):
     """What `krr_st` changes: the set, a pool of encoders by make() and their ages, from 1 to 1,000
@@ -252,12 +220,10 @@ def krr_state(make, images, targets, iterations, seed, models=10):
         pool=pool.to(images.device), age=torch.randint(1, online + 1, (models,), generator=rng),
         inner=torch.optim.SGD(pool.parameters(), 0.1, momentum=0.9, weight_decay=1e-3))
 
-
 def krr_st(state, make, real, iterations, lr, seed, first=0):
     """KRR-ST (Lee et al. 2023): moves images and targets of `state` to lower `krr_loss` of real
     images under one of its encoders, which then takes a step on the set itself by MSE, and begins
     anew at the age of 1,000. Adam, its rate falling linearly from `lr`.
-
     real(draw, rng) -> augmented real images, their targets. Yields as `train`."""
     images, targets, pool, online = state.images, state.targets, state.pool, min(1000, iterations)
 
@@ -288,18 +254,18 @@ def krr_st(state, make, real, iterations, lr, seed, first=0):
             state.age[k] = 0
         yield step + 1, {"loss": loss.detach()}
 
-
-def dm(syn, make, data, views, groups, iterations, seed, first=0):
-    """DM (Zhao & Bilen 2023) without labels (appendix F): moves `syn.images` [n, 3, H, W].
-
+def dm(state, make, data, views, groups, iterations, seed, first=0):
+    """DM (Zhao & Bilen 2023) without labels (appendix F): moves `state.images` [n, 3, H, W].
     Every iteration takes a fresh encoder of make(), and draws the mean features of each of as many
     `groups` of images as there would be classes to those of 256 real images, both augmented by
     views(n, draw); the losses are summed. SGD at rate 1, momentum 0.5. Yields as `train`."""
-    parts = torch.arange(len(syn.images)).chunk(groups)
+    images = state.images
+    parts = torch.arange(len(images)).chunk(max(1, groups))
     for step in range(first, iterations):
         rng = stream(seed, "dm", "step", step)
-        net = build(make, seed, "dm", step).to(syn.images.device).requires_grad_(False)
-        images, total = syn.images.detach().requires_grad_(), 0.0
+        net = build(make, seed, "dm", step).to(images.device).requires_grad_(False)
+        state.optimizer.zero_grad()
+        total = 0.0
         for g, part in enumerate(parts):
             batch = torch.randint(len(data.train_images), (256,), generator=rng)
             (augment, _), (ours, _) = (views(n, (seed, "dm", "views", step, g))
@@ -308,57 +274,44 @@ def dm(syn, make, data, views, groups, iterations, seed, first=0):
             loss = (net.features(ours(images[part])).mean(dim=0) - mean).square().sum()
             loss.backward()
             total += loss.detach()
-        syn.velocity.mul_(0.5).add_(images.grad)
-        syn.images.sub_(syn.velocity)
+        state.optimizer.step()
         yield step + 1, {"loss": total}
-
 
 RIVALS = {"krr_st": 160_000, "dm": 20_000}                                        # iterations
 
-
-def make_rival(r, kind, iterations, groups, path):
+def make_rival(r, kind, iterations, path):
     """Distils a rival's set into `path`: {"images", "targets"}.
-
-    KRR-ST's real images are cropped and mirrored, their targets the teacher's of what comes out,
-    or the fixed ones where there is no teacher. DM's images get the teacher's targets."""
-    if OBJECTIVES[r.s.objective][1] != "representations":
-        raise InputError(f"{kind} needs representations, which this run has not")
-    f_T, real = read_teacher(r), r.data.train_images
-    if f_T is None:
-        print(f"{kind}: there is no teacher.pt: the targets of changed images are the originals'")
-    chosen = torch.randperm(len(real), generator=stream(0, kind, "images"))
-    chosen = chosen[:len(r.mkdt["images"])]
+    KRR-ST's real images are cropped and mirrored, their targets the teacher's of what comes out;
+    DM's images get the teacher's targets in the end."""
+    f_T, real, n = read_teacher(r), r.data.train_images, len(r.mkdt["images"])
+    chosen = torch.randperm(len(real), generator=stream(0, kind, "images"))[:n]
+    images = r.data.normalize(real[chosen])
 
     def draw(name, rng):
         batch = torch.randint(len(real), (1024,), generator=rng)
         x = shift_and_flip(real[batch].float() / 255, stream(*name).initial_seed())
         x = r.data.normalize(x)
-        return x, r.rows[batch] if f_T is None else encode(f_T.features, x)
-    images, targets = r.data.normalize(real[chosen]), r.rows[chosen]
-    state = krr_state(r.make, images, targets, iterations, 0) if kind == "krr_st" else (
-        argparse.Namespace(images=images, velocity=torch.zeros_like(images)))
-    checkpoint, lr = f"{path}.checkpoint", 1e-5 if r.data.name == "tinyimagenet" else 1e-4
-    first = restore(checkpoint, **vars(state))
-    loop = krr_st(state, r.make, draw, iterations, lr, 0, first) if kind == "krr_st" else dm(
-        state, r.make, r.data, functools.partial(views_of, r.s, r.data), groups, iterations, 0,
-        first)
-    exhaust(follow(kind, loop, iterations, r.log, checkpoint, **vars(state)))
+        return x, encode(f_T.features, x)
     if kind == "krr_st":
-        targets = state.targets
-    elif f_T is not None:
-        targets = encode(f_T.features, state.images)
+        state = krr_state(r.make, images, r.rows[chosen], iterations, 0)
+        lr = 1e-5 if r.data.name == "tinyimagenet" else 1e-4
+        begin = functools.partial(krr_st, state, r.make, draw, iterations, lr, 0)
+    else:
+        optimizer = torch.optim.SGD([images.requires_grad_()], 1.0, momentum=0.5)
+        state = argparse.Namespace(images=images, optimizer=optimizer)
+        views = functools.partial(views_of, r.s, r.data)
+        begin = functools.partial(dm, state, r.make, r.data, views, r.data.classes, iterations, 0)
+    checkpoint = f"{path}.checkpoint"
+    loop = begin(restore(checkpoint, **vars(state)))
+    exhaust(follow(kind, loop, iterations, r.log, checkpoint, **vars(state)))
+    targets = state.targets if kind == "krr_st" else encode(f_T.features, state.images)
     save(path, {"images": state.images.detach().cpu(), "targets": targets.detach().cpu()})
 
-
 def read_teacher(r):
-    """The teacher of a run in eval mode; None if it was made with --representations."""
-    path = r.dir.parent / "teacher.pt"
-    if not path.exists():
-        return None
+    """The teacher of a run in eval mode. Raises InputError if it has none."""
     f_T = ENCODERS["resnet18"](None, r.data.image_size, r.s.teacher_width, bool(r.s.max_pool))
-    f_T.load_state_dict(load(path))
+    f_T.load_state_dict(load(r.dir.parent / "teacher.pt"))
     return f_T.to(r.s.device).eval()
-
 
 # ---- The sets to pre-train on --------------------------------------------------------------------
 def parse_set(name):
@@ -370,7 +323,6 @@ def parse_set(name):
         raise InputError(f"unknown set {name!r}: choose from {', '.join(SETS)}, with a rate as in "
                          "random@0.3 or random@mkdt, the learned one")
     return kind, argument, rate
-
 
 def pretraining_set(r, name, seed):
     """(images, normalised or uint8 [n, 3, H, W], targets or None, rate) of the set called `name`
@@ -397,20 +349,17 @@ def pretraining_set(r, name, seed):
     lr = r.mkdt["lr"] if rate == "mkdt" else float(rate or lr)
     return images.to(real.device), None if y is None else y.to(real.device), lr
 
-
 def made_file(r, kind, argument):
     """The file of a distilled set, which for a rival is made now if it is not there."""
     if kind == "mkdt":
         return r.dir / (f"distilled_{argument:0>5}.pt" if argument else "distilled.pt")
     if kind not in RIVALS:
         return r.dir / "init.pt" if kind == "initial" else Path(argument)
-    iterations, _, groups = argument.partition(":")
-    iterations, groups = int(iterations or RIVALS[kind]), int(groups or max(1, r.data.classes))
-    path = r.dir / f"{kind}_{iterations}{f'_{groups}' * (kind == 'dm')}.pt"
+    iterations = int(argument or RIVALS[kind])
+    path = r.dir / f"{kind}_{iterations}.pt"
     if not path.exists():
-        make_rival(r, kind, iterations, groups, path)
+        make_rival(r, kind, iterations, path)
     return path
-
 
 class IndexUnpickler(pickle.Unpickler):
     """Unpickles lists, dicts, numbers and numpy arrays, and refuses everything else."""
@@ -421,7 +370,6 @@ class IndexUnpickler(pickle.Unpickler):
                                                "_frombuffer"]), ("_codecs", "encode")}:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-
 
 def read_indices(path, n):
     """Distinct indices of 0..n-1 in a .pkl, .npy or .txt: a list, array, or dict of "indices"."""
@@ -437,10 +385,8 @@ def read_indices(path, n):
         raise InputError(f"subset:{path} is not a list of indices ({first_line(error)})") from error
     return torch.tensor(indices).long()
 
-
 def read_distilled(path):
     """(images [n, 3, H, W], targets [n, d], labels [n] or None, rate or None) of a distilled set.
-
     path: a distilled.pt, a snapshot or an init.pt of this project; images_S.pt with labels_S.pt
     and synlr_S.pt beside it, as the authors' code leaves them; KRR-ST's x_syn.pt with y_syn.pt."""
     path, images = Path(path), load(path)
@@ -459,11 +405,9 @@ def read_distilled(path):
         y = y.detach().long() if y.dim() == 1 else y.detach().float()
     return images.detach().float(), y, lr
 
-
 # ---- The cells of a table: the lines of results.csv ----------------------------------------------
 KEY = "set", "how", "task", "labels", "seed"
 COLUMNS = *KEY, "rate", "accuracy", "mse"
-
 
 def read_run(args):
     """A run's settings, data, distilled set and what its baselines are made from."""
@@ -471,23 +415,24 @@ def read_run(args):
     if not (run_dir / "distilled.pt").exists():
         raise InputError(f"{run_dir} holds no distilled.pt: make it with mkdt.py, or give another "
                          "--run-dir")
-    made, shared = (read_json(folder / "config.json") for folder in (run_dir, run_dir.parent))
+    made, shared = (json.loads((folder / "config.json").read_text())
+                    for folder in (run_dir, run_dir.parent))
     s = argparse.Namespace(**{**made["distill"], **vars(args)})
     tuned = s.protocol == "finetune"
     s.pretrain_epochs = args.epochs or (1000 if tuned else s.pretrain_epochs)
     s.pretrain_decay = 1e-3 if tuned else 1e-4
     s.labels = args.labels or ([100] if tuned else [1, 5])
     s.how = f"{s.protocol}, {s.pretrain_epochs} epochs"
-    if tuned and (s.finetune_lr, s.finetune_iterations) != (0.01, 0):
-        s.how += f", tuned at {s.finetune_lr:g} for {s.finetune_iterations or 'all'} iterations"
     data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
     rows, d = read_targets(s, data, run_dir.parent)
+    init = load(run_dir / "init.pt")
+    s.sets = args.sets or [x for x in DEFAULT_SETS if "losses" in init or "high_loss" not in x]
     s.encoders = args.encoders or [student_name(s)]
     test = run_dir.parent / "representations_test.pt"
     r = argparse.Namespace(
         dir=run_dir, s=s, data=data, rows=rows, d=d, log=Log(run_dir / "log.jsonl"),
-        make=functools.partial(encoder, student_name(s), d, data.image_size), students={},
-        mkdt=load(run_dir / "distilled.pt"), init=load(run_dir / "init.pt"),
+        make=student_of(s, d, data.image_size), students={},
+        mkdt=load(run_dir / "distilled.pt"), init=init,
         experts_are_the_papers=shared["experts"]["paper"],
         z_test=load(test).to(s.device) if test.exists() and rows is not None else None)
     for kind in s.encoders:                                # what cannot work is refused first
@@ -497,12 +442,10 @@ def read_run(args):
             pretraining_set(r, name, 0)
     return r
 
-
 def read_tasks(r):
     """{name: Dataset} to probe on; what cannot be had is left out, and said."""
     s, tasks = r.s, {}
-    own_first = sorted(TASKS, key=lambda name: name != s.dataset)
-    for name in own_first if s.tasks == ["all"] else s.tasks or [s.dataset]:
+    for name in TASKS if s.tasks == ["all"] else s.tasks or [s.dataset]:
         try:
             task = load_dataset(name, s.data_dir, s.image_size * (name == s.dataset), s.device)
             if not task.labelled:
@@ -514,7 +457,6 @@ def read_tasks(r):
         raise InputError("none of the tasks can be probed on")
     return tasks
 
-
 def read_results(run_dir):
     """{KEY: line of results.csv, and of the other ranks' files, as a dict}."""
     lines = {}
@@ -523,7 +465,6 @@ def read_results(run_dir):
             lines[tuple(line[k] for k in KEY)] = line
     return lines
 
-
 def write_results(path, lines):
     """results.csv of {KEY: line}."""
     text = io.StringIO()
@@ -531,7 +472,6 @@ def write_results(path, lines):
     table.writeheader()
     table.writerows(lines.values())
     save_text(path, text.getvalue())
-
 
 def evaluate(args):
     """Computes the cells that results.csv lacks; returns the table and keeps it as results.md."""
@@ -559,24 +499,24 @@ def evaluate(args):
         save_text(r.dir / "results.md", text)
     return text
 
-
 def keys_of(s, tasks, kind, seed, name):
     """The KEYs of one pre-training, in the order of `cells`."""
     return [(name, f"{kind}, {s.how}", task, f"{percent:g}", str(seed))
             for task in tasks for percent in s.labels]
 
-
 def student_name(s):
     """The student of the settings, as `encoder` knows it."""
     return f"{s.student}:{s.width}"
 
+def student_of(s, d, image_size):
+    """Makes a student of the settings."""
+    return functools.partial(encoder, student_name(s), d, image_size)
 
 def student(kind, d, image_size, s):
     """(an encoder that lends its memory to training after training, its loss(x, y), a mean)."""
     net = encoder(kind, d, image_size).to(s.device).to(memory_format=torch.channels_last)
     objective = OBJECTIVES[s.objective][0]
     return net, compiled(lambda x, y: objective(net, x, y).mean(), can_compile(s))
-
 
 def cells(r, name, kind, seed, tasks):
     """Pre-trains an encoder of that kind on the set `name` and judges it: yields (rate, accuracy,
@@ -595,8 +535,9 @@ def cells(r, name, kind, seed, tasks):
         epochs = int(parse_set(name)[1][4:] or 1000)
         exhaust(pretrain_ssl(net, images, r.data, lr, epochs, s, seed))
     elif images is not None:
+        order = batches(len(images), s.pretrain_batch, s.pretrain_epochs, seed, "pretrain order")
         examples = examples_of(s, r.data, images, y)
-        exhaust(pretrain(net, loss, len(images), examples, lr, s, seed))
+        exhaust(pretrain(net, loss, order, examples, lr, s.pretrain_decay, seed))
     if not all(p.isfinite().all() for p in net.parameters()):
         raise ValueError(f"pre-training at rate {lr:.3g} diverged: try {name}@RATE")
     net.eval()
@@ -605,9 +546,8 @@ def cells(r, name, kind, seed, tasks):
         mse = OBJECTIVES[s.objective][0](lambda x: x, z, r.z_test).mean().item()
     judge = linear_scores if s.protocol == "linear" else finetuned_scores
     for task in tasks.values():
-        for score in judge(net, task, s.labels, seed, s):
+        for score in judge(net, task, s.labels, seed):
             yield lr, score, mse
-
 
 # ---- The table -----------------------------------------------------------------------------------
 def tables(r, lines):
@@ -629,31 +569,29 @@ def tables(r, lines):
                  "differences: paired by seed, ± standard error.", ""]
     return "\n".join(text) + "\n"
 
-
 def table_rows(r, lines, tasks):
     """The rows of one share of labels."""
-    text, kinds, scores = [], [*SETS], collections.defaultdict(dict)
+    text, scores = [], {}
     for x in lines:
-        scores[x["set"], x["task"]][x["seed"]] = float(x["accuracy"])
+        scores.setdefault((x["set"], x["task"]), {})[x["seed"]] = float(x["accuracy"])
     mean = {key: np.mean([*of.values()]) for key, of in scores.items()}
     best = {t: max((mean[key] for key in mean if key[1] == t and key[0] != "full"), default=None)
             for t in tasks}
-    for name in sorted({x["set"] for x in lines}, key=lambda n: (kinds.index(parse_set(n)[0]), n)):
+    for _, name in sorted({([*SETS].index(parse_set(x["set"])[0]), x["set"]) for x in lines}):
         own = [x for x in lines if x["set"] == name]
         rate, mse = own[0]["rate"], [float(x["mse"]) for x in own if x["mse"]]
         cells = [f"{own[0]['labels']}%", METHODS.get(name, name), rate and f"{float(rate):.3g}",
                  str(len({x["seed"] for x in own}))]
         for t in tasks:
-            of, cell = scores[name, t], ""
+            of, cell = scores.get((name, t), {}), ""
             if of:
                 bold = "**" if mean[name, t] == best[t] else ""
                 theirs = paper_value(r, name, own[0]["how"], t, own[0]["labels"])
                 cell = f"{bold}{mean[name, t]:.2f}{bold} ± {np.std([*of.values()]):.2f}{theirs}"
-            cells += [cell, *[paired(of, scores[r.s.paired, t])] * bool(r.s.paired)]
+            cells += [cell, *[paired(of, scores.get((r.s.paired, t), {}))] * bool(r.s.paired)]
         cells += [f"{np.mean(mse):.4f}" if mse else ""]
         text += ["| " + " | ".join(cells) + " |"]
     return text
-
 
 def paired(ours, theirs):
     """Mean ± standard error of the differences of two {seed: accuracy} over the seeds that both
@@ -663,14 +601,13 @@ def paired(ours, theirs):
         return ""
     return f"{d.mean():+.2f} ± {d.std(ddof=1) / len(d) ** 0.5:.2f}"
 
-
 # Tables 1 - 7 and 10 - 12. A head: pre-training data, percent, teacher, one of HOW, shares of
 # labels: tasks; then for each row its means, share by share. MKDT's are called by objective and
 # start. Of Table 10, none and krr_st are copied from Lee et al. (2023): another network (ConvNet
 # 128-256-512, batch norm).
 HOW = {"convnet:128, linear, 20 epochs": "convnet", "resnet10, linear, 20 epochs": "resnet10",
        "resnet18, linear, 20 epochs": "resnet18", "convnet:128, finetune, 1000 epochs": "finetune"}
-PAPER = """
+TABLES = """
 cifar10 2 barlow convnet 1 5: cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers
 none 35.84 2.52 8.01 2.43 1.27 1.92 2.02 46.23 5.37 16.12 5.61 1.97 2.90 5.22
 random 36.35 2.41 7.42 2.41 1.16 1.90 1.99 46.62 5.49 15.28 5.35 1.51 2.52 3.64
@@ -697,10 +634,14 @@ cifar10 5 barlow convnet 1 5: cifar10 cifar100 tinyimagenet aircraft cub2011 dog
 random 37.63 7.63 2.63 2.28 1.13 1.81 2.05 48.13 16.06 5.21 5.03 1.71 2.61 3.30
 krr_st 36.69 8.69 3.20 2.26 1.33 1.91 2.39 47.40 16.95 7.10 5.56 1.98 2.78 4.38
 mse_high_loss 50.23 12.33 4.27 3.11 1.59 2.26 2.42 58.37 23.15 8.84 6.79 2.30 3.34 5.94
+dm 35.98 7.09 2.43 2.15 1.19 1.71 1.60 46.41 14.77 5.11 4.94 1.57 2.53 3.10
+ssl_random 22.06 4.63 1.11 1.92 0.77 1.38 1.26 29.04 7.10 1.90 2.81 0.88 1.82 1.42
 cifar100 5 barlow convnet 1 5: cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers
 random 42.45 11.55 4.17 2.47 1.51 2.12 2.61 51.92 20.34 7.83 6.06 2.27 3.22 5.78
 krr_st 37.86 9.02 2.94 2.42 1.50 1.99 3.04 47.53 17.24 6.60 5.37 2.31 2.87 5.23
 mse_high_loss 47.77 13.40 4.45 2.93 1.61 2.22 2.59 56.61 25.18 9.12 6.66 2.66 3.66 6.93
+dm 37.75 8.74 2.75 2.51 1.20 2.07 2.53 47.32 17.01 6.40 5.08 1.99 2.77 4.62
+ssl_random 26.06 4.26 1.20 1.49 0.87 1.24 1.41 38.16 9.66 2.11 2.83 1.06 1.74 2.38
 tinyimagenet 5 barlow convnet 1 5: cifar10 cifar100 tinyimagenet aircraft cub2011 dogs flowers
 random 40.33 9.41 4.19 2.23 1.44 2.06 2.77 48.46 15.63 8.99 4.55 1.98 2.91 5.06
 krr_st 34.27 7.54 3.19 2.11 1.30 1.68 2.65 42.82 13.71 6.50 4.36 1.97 2.75 3.97
@@ -739,34 +680,20 @@ cifar100 2 barlow finetune 100: cifar100 cifar10 aircraft cars cub2011 dogs flow
 none 64.95 87.34 34.66 19.43 18.46 22.31 58.75
 krr_st 66.81 88.72 41.54 28.68 25.30 26.39 67.88
 random:ssl 66.44 88.74 42.02 28.75 25.12 26.57 68.21
-cifar10 5 barlow convnet 1 5: cifar100 cifar10 tinyimagenet aircraft cub2011 dogs flowers
-dm 7.09 35.98 2.43 2.15 1.19 1.71 1.60 14.77 46.41 5.11 4.94 1.57 2.53 3.10
-ssl_random 4.63 22.06 1.11 1.92 0.77 1.38 1.26 7.10 29.04 1.90 2.81 0.88 1.82 1.42
-cifar100 5 barlow convnet 1 5: cifar100 cifar10 tinyimagenet aircraft cub2011 dogs flowers
-dm 8.74 37.75 2.75 2.51 1.20 2.07 2.53 17.01 47.32 6.40 5.08 1.99 2.77 4.62
-ssl_random 4.26 26.06 1.20 1.49 0.87 1.24 1.41 9.66 38.16 2.11 2.83 1.06 1.74 2.38
 """
 
-
-@functools.lru_cache(maxsize=1)
-def paper_values():
-    """{(data set, percent, teacher, how, labels, row, task): mean}."""
-    values = {}
-    for line in PAPER.strip().splitlines():
-        if ": " in line:
-            head, tasks = (part.split() for part in line.split(": "))
-            block, shares = head[:4], head[4:]
-        else:
-            row, *means = line.split()
-            keys = itertools.product(shares, tasks)
-            values.update({(*block, share, row, task): mean
-                           for (share, task), mean in zip(keys, means)})
-    return values
-
+PAPER = {}                  # {(data set, percent, teacher, how, labels, row, task): mean}
+for line in TABLES.strip().splitlines():
+    if ": " in line:
+        head, tasks = (part.split() for part in line.split(": "))
+        block, shares = head[:4], head[4:]
+    else:
+        row, *means = line.split()
+        for (percent, task), mean in zip(itertools.product(shares, tasks), means):
+            PAPER[*block, percent, row, task] = mean
 
 def paper_value(r, name, how, task, labels):
     """The paper's mean for a cell, " (53.08)"; "" where it has none for exactly this setting.
-
     config.json says of each stage whether all settings that led to it are the paper's."""
     s, (kind, argument, rate) = r.s, parse_set(name)
     file, row = "/".join(Path(argument).parts[-2:]), name
@@ -782,9 +709,8 @@ def paper_value(r, name, how, task, labels):
     if not same or name == "mkdt" and r.mkdt["iterations"] != 5000:
         return ""
     block = s.dataset, f"{s.percent:g}", s.ssl, HOW.get(how)
-    value = paper_values().get((*block, labels, row, task))
+    value = PAPER.get((*block, labels, row, task))
     return f" ({value})" if value else ""
-
 
 # ---- Command line --------------------------------------------------------------------------------
 def parse(argv):
@@ -796,37 +722,32 @@ def parse(argv):
         "one: random@mkdt")
     add = parser.add_argument
     add("--run-dir", required=True, help="folder of a distilled set: runs/cifar10/2pct_high_loss")
-    add("--sets", nargs="+", metavar="SET", default=DEFAULT_SETS, help="what to pre-train on, see "
-        f"below (default: {' '.join(DEFAULT_SETS)})")
-    add("--tasks", nargs="+", metavar="DATASET", default=[], help="data sets to probe on; all: the "
-        "seven of Table 1 (default: the run's own)")
-    add("--labels", nargs="+", type=float, metavar="PERCENT", help="shares of the task's labels "
-        "(default: 1 5; finetune: 100)")
+    add("--sets", nargs="+", metavar="SET", help="what to pre-train on, see below (default: "
+        f"{' '.join(DEFAULT_SETS)})")
+    add("--tasks", nargs="+", metavar="DATASET", default=[],
+        help="what to probe on; all: the seven of Table 1 (default: the run's own data set)")
+    add("--labels", nargs="+", type=float, metavar="PERCENT",
+        help="shares of the labels (default: 1 5; finetune: 100)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
-    add("--encoders", nargs="+", metavar="NAME", help="names in models.ENCODERS, with a width as "
-        "in resnet18:16 (default: the run's student)")
-    add("--protocol", choices=["linear", "finetune"], default="linear", help="linear probe, or "
-        "fine-tuning as Lee et al. (Table 10) (default: linear)")
-    add("--paired", nargs="?", const="random", metavar="SET", help="add each set's paired "
-        "difference to SET, with standard errors (if none is named: random)")
-    add("--epochs", type=int, default=0, help="of pre-training (default: 0, the run's own; "
-        "finetune: 1000)")
-    add("--finetune-lr", type=float, default=0.01, help="rate of fine-tuning (default: 0.01)")
-    add("--finetune-iterations", type=int, default=0, help="(default: 0, that is 10000 on CIFAR "
-        "and TinyImageNet, else 5000)")
+    add("--encoders", nargs="+", metavar="NAME",
+        help="of models.ENCODERS, with a width as in resnet18:16 (default: the run's student)")
+    add("--protocol", choices=["linear", "finetune"], default="linear",
+        help="linear probe, or fine-tuning as Lee et al. (Table 10) (default: linear)")
+    add("--paired", nargs="?", const="random", metavar="SET",
+        help="add paired differences to SET, with standard errors (if none is named: random)")
+    add("--epochs", type=int, default=0,
+        help="of pre-training (default: 0, the run's own; finetune: 1000)")
     add("--data-dir", default="data", help="where data sets are kept (default: data)")
-    add("--device", default="auto", help="auto, cpu, cuda, ... (default: auto)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
     return parser.parse_args(argv)
-
 
 def main(argv=None):
     """The command line; see the top of this file."""
     args = parse(argv)
-    with one_line_errors("eval.py"), contextlib.redirect_stdout(None if RANK else sys.stdout):
+    with command_line("eval.py"):
         args.device = start(args.device)
         print(f"\n{evaluate(args)}")
-
 
 if __name__ == "__main__":
     main()

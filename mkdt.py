@@ -22,7 +22,6 @@ import hashlib
 import itertools
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -30,12 +29,13 @@ from torchvision.utils import make_grid, save_image
 
 import eval as evaluation
 from data import (Diverged, Log, check_representations, checksum, follow, load, load_dataset,
-                  read_json, read_representations, restore, save, save_text, write_file)
+                  read_representations, restore, save, save_text, share, write_file)
 from eval import (can_compile, examples_of, highest, linear_scores, loss_per_image, project,
-                  read_results, read_targets, student, student_name, targets_of, write_results)
+                  read_results, read_targets, student, student_name, student_of, targets_of,
+                  write_results)
 from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
-                    compiled, encode, encoder, exhaust, flat_parameters, functional,
-                    one_line_errors, rows_of_all_ranks, start, stream, sum_over_ranks, train)
+                    command_line, compiled, encode, exhaust, flat_parameters, functional,
+                    rows_of_all_ranks, start, stream, sum_over_ranks, train)
 
 # ---- Settings: stage, default (the paper's), meaning. Each is a flag, and kept in config.json 
 SETTINGS = {
@@ -57,7 +57,7 @@ SETTINGS = {
     "objective": ("experts", "mse", f"what students minimise: {', '.join(OBJECTIVES)}"),
     "student": ("experts", "convnet", "the student, a name in models.ENCODERS"),
     "width": ("experts", 128, "channels of the student"),
-    "expert_epochs": ("experts", 7, "epochs of expert training; T+ + M is the last one read"),
+    "expert_epochs": ("experts", 7, "epochs of expert training: none after T+ + M is ever read"),
     "expert_lr": ("experts", 0.1, "rate of SGD"),
     "expert_momentum": ("experts", 0.9, "momentum of SGD"),
     "expert_decay": ("experts", 1e-4, "weight decay of SGD"),
@@ -74,8 +74,7 @@ SETTINGS = {
     "syn_lr_lr": ("distill", 1e-4, "rate of SGD on the learned rate"),
     "syn_momentum": ("distill", 0.5, "momentum of both"),
     "syn_batch": ("distill", 256, "distilled images a step"),
-    "clip": ("distill", 0.1, "most that an iteration moves an image, in standard deviations, "
-             "and alpha_syn, in shares of itself, before momentum; 0: no bound (the paper)"),
+    "clip": ("distill", 0.1, "most that an iteration moves an image, in deviations; 0: no bound"),
     "iterations": ("", 5000, "S, the number of distillation iterations; may be raised later"),
     "pretrain_epochs": ("distill", 20, "epochs of pre-training on the distilled set (Eq. 9)"),
     "pretrain_batch": ("distill", 256, "images a pre-training step"),
@@ -84,13 +83,12 @@ SETTINGS = {
 
 # What differs by data set: peers' recipes for the teacher; by percent: Tables 8 and 9.
 DATASETS = {
-    "cifar10": {},
-    "cifar100": {},
-    "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1),
-    "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=128, teacher_lr=3e-3,
-                   crop_scale=0.4, gray=1.0, max_pool=1, width=16, experts=24, expert_lr=0.05,
-                   expert_batch=64, percent=1.0, init="random", syn_batch=40, syn_lr=0.25,
-                   syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
+    "cifar10": {}, "cifar100": {},
+    "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1, expert_epochs=4),
+    "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=64, teacher_lr=6e-3,
+                   crop_scale=0.6, gray=1.0, max_pool=1, width=16, experts=24, expert_epochs=3,
+                   expert_lr=0.05, expert_batch=64, percent=1.0, init="random", syn_batch=40,
+                   syn_lr=0.25, syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
 ROW = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
 ROWS = {                                   # N, M, T+, pixel_lr
@@ -104,19 +102,17 @@ ROWS = {                                   # N, M, T+, pixel_lr
 }
 VARIED = "percent", "ssl", "objective", "init"             # in the paper's tables
 FREE = "clip", "expert_epochs", "iterations"               # beside its values all the same
-SIMCLR = dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3)
 # A.2 names no rate for the inner steps of MTT; its public code begins at that of its experts.
 MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
-BY_OBJECTIVE = {
+BY_LOSS = {                                # of the teacher (--ssl) or of students (--objective)
+    "simclr": dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3),
     "ssl": dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, **MTT),
     "ce": dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0, expert_decay=0.0, **MTT),
 }
 
-
 # ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) -------------------------------------------
 def train_teacher(network, optimizer, data, s, first=0):
     """Trains `network`, an encoder and its projection head, by self-supervision (Eq. 6).
-
     The loss is float32. Ranks share each batch, and F or the negatives are of all of them. Yields
     as `train`."""
     n, size, (loss_of, _, schedule) = len(data.train_images), batch_of(data, s), SSL[s.ssl]
@@ -136,11 +132,9 @@ def train_teacher(network, optimizer, data, s, first=0):
     return train(loss, optimizer, itertools.islice(order, first, None),
                  lambda step: schedule(step, steps, n // size, s.teacher_lr))
 
-
 def batch_of(data, s):
     """Images a step of the teacher's: at most all, in equal shares for the ranks."""
     return min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS
-
 
 def teacher_stage(run):
     """teacher.pt, representations.pt: Z_T [n, d], representations_test.pt."""
@@ -149,8 +143,8 @@ def teacher_stage(run):
     if path.exists() or OBJECTIVES[s.objective][1] != "representations":
         return
     if s.representations:
-        z = read_representations(s.representations, data)
-        check_representations(z, s.representations)
+        z = read_representations(s.representations)
+        check_representations(z, len(data.train_images), s.representations)
         return save(path, z)
     f_T = build(lambda: ENCODERS["resnet18"](None, data.image_size, s.teacher_width,
                                              bool(s.max_pool)), s.seed, "teacher")
@@ -163,8 +157,7 @@ def teacher_stage(run):
         lambda *_: sum_over_ranks([p.grad for p in model.parameters()]))
     network = compiled(model, s.compile and s.device.type == "cuda" and RANKS == 1)
     checkpoint, state = folder / "teacher_checkpoint.pt", dict(model=model, optimizer=optimizer)
-    first = restore(checkpoint, **state)
-    loop = train_teacher(network, optimizer, data, s, first)
+    loop = train_teacher(network, optimizer, data, s, restore(checkpoint, **state))
     steps = s.teacher_epochs * (len(data.train_images) // batch_of(data, s))
     for step, _ in follow("teacher", loop, steps, run.log, checkpoint, **state):
         if data.labelled and step % max(1, steps // 10) == 0 and RANK == 0:
@@ -176,87 +169,73 @@ def teacher_stage(run):
     model.eval()
     z, z_test = (encode(model[0].features, images, data.normalize).cpu()
                  for images in (data.train_images, data.test_images))
-    check_representations(z, "the teacher (lower --teacher-lr, in another --run-dir)")
+    check_representations(z, len(z), "the teacher (lower --teacher-lr, in another --run-dir)")
     if RANK == 0:
         save(folder / "teacher.pt", model[0].state_dict())
         save(folder / "representations_test.pt", z_test)
         save(path, z)                                              # last: the stage is done
         checkpoint.unlink(missing_ok=True)
 
-
 # ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) -------------------------------------------
-def train_expert(model, loss, n, examples, s, seed):
-    """An expert (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's, over n examples.
-
-    A fresh order each epoch, the short last batch kept, no augmentation, a constant rate.
-    MTT-SSL's experts take Adam (A.2). Returns theta*_0 .. theta*_T, [T + 1, P] on the CPU, and
-    each epoch's mean loss."""
+def train_expert(model, loss, order, examples, s, seed):
+    """An expert (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's, on the examples of the
+    `batches` in `order`; no augmentation, a constant rate. MTT-SSL's experts take Adam (A.2).
+    Returns theta*_0 .. theta*_T, [T + 1, P] on the CPU, and each epoch's mean loss."""
     if s.objective == "ssl":
         optimizer = torch.optim.Adam(model.parameters(), s.expert_lr, weight_decay=s.expert_decay)
     else:
         optimizer = torch.optim.SGD(model.parameters(), s.expert_lr, s.expert_momentum,
                                     weight_decay=s.expert_decay)
-    order = batches(n, s.expert_batch, s.expert_epochs, seed, "expert order")
+    order, thetas, losses = list(order), [flat_parameters(model).cpu()], []
     loop = train(lambda batch, step: loss(*examples(batch, (seed, "expert views", step))),
                  optimizer, order)
-    per_epoch, thetas, losses = math.ceil(n / s.expert_batch), [flat_parameters(model).cpu()], []
     for step, values in loop:
         losses.append(values["loss"])
-        if step % per_epoch == 0:
+        if step * s.expert_epochs % len(order) == 0:
             thetas.append(flat_parameters(model).cpu())             # a copy, not live weights
-    return torch.stack(thetas), torch.stack(losses).view(-1, per_epoch).mean(dim=1)
-
+    return torch.stack(thetas), torch.stack(losses).view(s.expert_epochs, -1).mean(dim=1)
 
 def experts_stage(run):
     """experts/expert_000.pt ...: flat float32 [T + 1, P], those that are missing."""
-    s, images = run.s, run.data.train_images
-    rows, d = read_targets(s, run.data, run.run_dir)
-    examples = examples_of(s, run.data, images, rows)
-    model, loss = student(student_name(s), d, run.data.image_size, s)
+    s, data, n = run.s, run.data, len(run.data.train_images)
+    rows, d = read_targets(s, data, run.run_dir)
+    examples = examples_of(s, data, data.train_images, rows)
+    model, loss = student(student_name(s), d, data.image_size, s)
+    make = student_of(s, d, data.image_size)
     missing = [i for i in range(s.experts) if not expert_file(run, i).exists()][RANK::RANKS]
 
     def loop():
         for done, i in enumerate(missing):
-            begin = build(student_of(run, d), s.seed, "expert", 0 if s.same_start else i)
+            begin = build(make, s.seed, "expert", 0 if s.same_start else i)
             model.load_state_dict(begin.state_dict())
             seed = stream(s.seed, "expert", i).initial_seed()
-            thetas, losses = train_expert(model, loss, len(images), examples, s, seed)
+            order = batches(n, s.expert_batch, s.expert_epochs, seed, "expert order")
+            thetas, losses = train_expert(model, loss, order, examples, s, seed)
             if not thetas[-1].isfinite().all():
                 raise InputError(f"experts: expert {i} diverged: lower --expert-lr {s.expert_lr}")
             save(expert_file(run, i), thetas)
             yield done + 1, {f"epoch {e + 1}": loss for e, loss in enumerate(losses)}
     exhaust(follow("experts", loop(), len(missing), run.log))
 
-
-def student_of(run, d):
-    """Makes a student of the settings."""
-    return functools.partial(encoder, student_name(run.s), d, run.data.image_size)
-
-
 def expert_file(run, i):
     """Where expert i is kept."""
     return run.run_dir / "experts" / f"expert_{i:03d}.pt"
-
 
 # ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) -----------------------------
 def high_loss(data, rows, losses, count, rng):
     """The images of the highest loss (section 4.2), the largest first."""
     return subset(data, rows, highest(losses, count))
 
-
 def random_images(data, rows, losses, count, rng):
     """Images drawn uniformly: "MKDT (Rnd Sub)" in Table 2."""
     return subset(data, rows, torch.randperm(len(data.train_images), generator=rng)[:count])
-
 
 def subset(data, rows, chosen):
     """(normalised images [n, 3, H, W], their rows of Z_T or labels) of the indices `chosen`."""
     return data.normalize(data.train_images[chosen]), None if rows is None else rows[chosen]
 
-
 # Name of --init: (data, Z_T, section 4.2's loss of each image, count, rng) -> images, targets.
 STARTS = {"high_loss": high_loss, "random": random_images}
-
 
 def init_stage(run):
     """SET/init.pt: D_syn and Z_syn as distillation begins, and the loss of every image."""
@@ -266,7 +245,7 @@ def init_stage(run):
     rows, d = read_targets(s, data, run.run_dir)
     losses = None
     if OBJECTIVES[s.objective][1] == "representations":
-        f = functional(student_of(run, d)())
+        f = functional(student_of(s, d, data.image_size)())
         thetas = (load(expert_file(run, i), mmap=True)[1].to(s.device) for i in range(s.experts))
         losses = loss_per_image(f, thetas, data, rows, OBJECTIVES[s.objective][0])
     elif s.init == "high_loss":
@@ -275,25 +254,21 @@ def init_stage(run):
     saved = {"images": images, "targets": targets, "losses": losses}
     save(path, {k: v.cpu().contiguous() for k, v in saved.items() if v is not None})
 
-
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) --------------------------------
 def new_syn(images, s):
-    """Line 4, and what else `distill` changes, as it begins."""
-    return argparse.Namespace(
-        images=images.clone(), initial=images, velocity=torch.zeros_like(images),
-        lr=torch.tensor(s.syn_lr, device=images.device),
-        lr_velocity=torch.zeros((), device=images.device))
-
+    """Line 4: D_syn and alpha_syn as `distill` begins, and the SGD of line 18."""
+    syn = argparse.Namespace(initial=images, images=images.clone(), lr=images.new_tensor(s.syn_lr))
+    rates = {"params": [syn.images], "lr": s.pixel_lr}, {"params": [syn.lr], "lr": s.syn_lr_lr}
+    syn.optimizer = torch.optim.SGD(rates, momentum=s.syn_momentum)
+    return syn
 
 def distill(gradient, adjoint, experts, syn, targets, s, first=0):
     """Algorithm 1, lines 5 - 19: moves the images and the rate of `syn`, in place.
-
     gradient, adjoint: `inner_steps` of the students' loss. experts: K trajectories [T + 1, P].
-    syn: `images` [n, 3, H, W] and `lr` (alpha_syn), the `velocity` and `lr_velocity` of their SGD,
-    and the `initial` images (see `new_syn`). targets(batch, draw): Z_syn, which stays fixed.
-    Several ranks draw one trajectory each. Yields (iterations done, {Eq. 4's loss, alpha_syn, how
-    many images were bounded, how far pixels have moved})."""
-    images, lr, initial = syn.images, syn.lr, syn.initial
+    syn: of `new_syn`. targets(batch, draw): Z_syn, which stays fixed. Several ranks draw one
+    trajectory each. Yields (iterations done, {Eq. 4's loss, alpha_syn, how many images were
+    bounded, how far pixels have moved})."""
+    images, lr = syn.images, syn.lr                              # [n, 3, H, W], []
     for step in range(first, s.iterations):                                             # line 5
         draw = s.seed, "distill", step * RANKS + RANK
         rng = stream(*draw)
@@ -305,14 +280,10 @@ def distill(gradient, adjoint, experts, syn, targets, s, first=0):
         loss, grad_images, grad_lr = matching_gradient(                                 # 13 - 17
             gradient, adjoint, theta, target, images, lr, steps)
         sum_over_ranks([loss, grad_images, grad_lr])
-        bounded, bounded_lr, touched = bound(grad_images / RANKS, grad_lr / RANKS, lr, s)
-        syn.velocity.mul_(s.syn_momentum).add_(bounded)                                 # 18: SGD
-        syn.lr_velocity.mul_(s.syn_momentum).add_(bounded_lr)
-        images.sub_(s.pixel_lr * syn.velocity)
-        lr.sub_(s.syn_lr_lr * syn.lr_velocity)
-        yield step + 1, {"loss": loss / RANKS, "lr": lr.clone(), "bounded": touched,
-                         "moved": (images - initial).abs().mean()}
-
+        images.grad, lr.grad, bounded = bound(grad_images / RANKS, grad_lr / RANKS, lr, s)
+        syn.optimizer.step()                                                            # 18
+        yield step + 1, {"loss": loss / RANKS, "lr": lr.clone(), "bounded": bounded,
+                         "moved": (images - syn.initial).abs().mean()}
 
 def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate.
@@ -344,15 +315,12 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
         v = v - lr * hv
     return (thetas[-1] - target).square().sum() / scale, grad_images, grad_lr
 
-
 def student_loss(f, objective):
     """(theta, x, y) -> the mean loss of f(theta, .) on a batch: L_MSE of Eq. 8."""
     return lambda theta, x, y: objective(functools.partial(f, theta), x, y).mean()
 
-
 def inner_steps(loss):
     """The two functions that `matching_gradient` takes, of a loss (theta, x, y):
-
     gradient(theta, x, y) = g = dL/dtheta, which a step of Eq. 8 subtracts alpha_syn times;
     adjoint(theta, x, y, v) -> (H v, d(g . v)/dx, g . v), with H = dg/dtheta: differentiating the
     scalar g . v, itself a gradient, gives all three; H is never formed."""
@@ -365,14 +333,12 @@ def inner_steps(loss):
         return hv, gx, gv
     return gradient, adjoint
 
-
 def draw_batches(n, steps, batch_size, rng):
     """`steps` mini-batches of 0..n-1: permutations, cut into pieces of `batch_size`."""
     drawn = []
     while len(drawn) < steps:
         drawn += torch.randperm(n, generator=rng).split(batch_size)
     return drawn[:steps]
-
 
 def bound(grad_images, grad_lr, lr, s):
     """--clip: the gradients [n, ...] and [], scaled so that, before momentum, this iteration moves
@@ -384,9 +350,8 @@ def bound(grad_images, grad_lr, lr, s):
     size = s.pixel_lr * grad_images.flatten(1).square().mean(dim=1).sqrt()               # [n]
     scale = (s.clip / size).clamp(max=1)
     most = s.clip * lr / s.syn_lr_lr
-    return (grad_images * scale.view(-1, *[1] * (grad_images.dim() - 1)),
-            grad_lr.clamp(-most, most), (scale < 1).sum().to(lr))
-
+    return (grad_images * scale[:, None, None, None], grad_lr.clamp(-most, most),
+            (scale < 1).sum().to(lr))
 
 def distill_stage(run):
     """SET/distilled.pt, its snapshots every 1,000 iterations, and pictures."""
@@ -396,14 +361,13 @@ def distill_stage(run):
     init, (_, d) = load(folder / "init.pt"), read_targets(s, data, run.run_dir)
     targets = init["targets"].to(s.device) if "targets" in init else None
     experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
-    loss = student_loss(functional(student_of(run, d)()), OBJECTIVES[s.objective][0])
+    f = functional(student_of(s, d, data.image_size)())
+    loss = student_loss(f, OBJECTIVES[s.objective][0])
     gradient, adjoint = (compiled(step, can_compile(s)) for step in inner_steps(loss))
     syn = new_syn(init["images"].to(s.device), s)
-    state = {k: v for k, v in vars(syn).items() if k != "initial"}
     checkpoint = folder / "distill_checkpoint.pt"
-    first = restore(checkpoint, **state)
-    targets_at = targets_of(s, data, targets)
-    loop = distill(gradient, adjoint, experts, syn, targets_at, s, first)
+    first = restore(checkpoint, **vars(syn))
+    loop = distill(gradient, adjoint, experts, syn, targets_of(s, data, targets), s, first)
 
     def keep(path, iterations):
         kept = {"images": syn.images, "targets": targets, "mean": data.mean.flatten(),
@@ -411,7 +375,7 @@ def distill_stage(run):
         kept = {k: v.cpu().contiguous() for k, v in kept.items() if v is not None}
         save(path, {**kept, "lr": syn.lr.item(), "iterations": iterations})
 
-    for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **state):
+    for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **vars(syn)):
         if step % 1000 == 0 and values["moved"].isfinite() and values["lr"] > 0 and RANK == 0:
             keep(folder / f"distilled_{step:05d}.pt", step)
     if RANK == 0:
@@ -421,7 +385,6 @@ def distill_stage(run):
             stale.unlink()
         write_results(folder / "results.csv", lines)
         keep(path, s.iterations)                                 # last: the stage is done
-
 
 # ---- 5. Evaluation (section 5; eval.py) ------------------------------------------------------
 def eval_stage(run):
@@ -436,10 +399,8 @@ def eval_stage(run):
     print(f"\n{evaluation.evaluate(args)}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
 
-
 STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage,
           "distill": distill_stage, "eval": eval_stage}
-
 
 # ---- Pictures --------------------------------------------------------------------------------
 def draw_results(run, before, after):
@@ -454,7 +415,6 @@ def draw_results(run, before, after):
     draw_plot(run.set_dir / "curves.png", "iteration",
               {name: {name: logged(run, name)} for name in ("loss", "lr", "moved")})
 
-
 def logged(run, name):
     """[(iteration, value), ...] of a quantity in the log of distillation."""
     points = {}
@@ -464,7 +424,6 @@ def logged(run, name):
             if line["stage"] == "distill":
                 points[line["step"]] = line[name]
     return sorted(points.items())
-
 
 def draw_plot(path, xlabel, panels, log=()):
     """A plot of {panel: {line: [(x, y), ...]}}; nothing where matplotlib is not installed."""
@@ -478,7 +437,6 @@ def draw_plot(path, xlabel, panels, log=()):
             axes.legend(fontsize="small")
         write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
-
 # ---- Figure 1: trajectories of other losses (section 4.1, appendix A.2) ----------------------
 # A.2's settings; it says nothing of MKDT, which has its data set's row. Five experts begin at one
 # network and differ in the order of their batches; the first is distilled, from epoch 0.
@@ -490,7 +448,6 @@ FIGURE1 = {
 }
 COMMON = dict(percent=1.0, init="random", expert_epochs=7, max_start_epoch=0, pixel_lr=1000.0,
               iterations=100, clip=0.0, same_start=1)
-
 
 def figure1_stage(args, run):
     """Figure 1 of the paper for the data and the teacher of `run`: figure1/figure1.csv, and .png
@@ -516,7 +473,6 @@ def figure1_stage(args, run):
     draw_plot(root / "figure1.png", "epoch, iteration", panels, log=("variance", "moved"))
     print(f"figure1: {root}/figure1.csv")
 
-
 # ---- Command line ----------------------------------------------------------------------------
 def resolve(dataset, given):
     """All settings for `dataset` as a namespace: the paper's, changed by the rows of the data set
@@ -525,13 +481,10 @@ def resolve(dataset, given):
         "tinyimagenet" if given.get("image_size", 0) >= 64 else "cifar10"
     percent = {"percent": SETTINGS["percent"][1], **DATASETS[known], **given}["percent"]
     row = min((p for name, p in ROWS if name == known), key=lambda p: abs(p - percent))
-    # Only epochs 0 .. T+ + M are read, and the rate is constant: longer training is a waste.
-    last = max(M + T_plus for (name, _), (_, M, T_plus, _) in ROWS.items() if name == known)
     s = argparse.Namespace(**{
         **{name: default for name, (_, default, _) in SETTINGS.items()},
-        **(SIMCLR if given.get("ssl") == "simclr" else {}), **DATASETS[known],
-        **dict(zip(ROW, ROWS[known, row])), "expert_epochs": last,
-        **BY_OBJECTIVE.get(given.get("objective"), {}), **given})
+        **BY_LOSS.get(given.get("ssl"), {}), **DATASETS[known],
+        **dict(zip(ROW, ROWS[known, row])), **BY_LOSS.get(given.get("objective"), {}), **given})
     for name, (_, default, _) in SETTINGS.items():
         value = getattr(s, name)
         least = 1 if isinstance(default, int) and default and name != "max_start_epoch" else 0
@@ -547,7 +500,6 @@ def resolve(dataset, given):
                          f"last epoch: raise --expert-epochs {s.expert_epochs}")
     return s
 
-
 def open_run(args, given, **changed):
     """A run: settings, data, log and folders. run_dir has what all distilled sets of a data set
     share, the teacher and the experts; set_dir below it, called --name, one distilled set."""
@@ -555,20 +507,13 @@ def open_run(args, given, **changed):
     papers = resolve(args.dataset, {k: v for k, v in given.items() if k in VARIED})
     s = argparse.Namespace(**{**vars(args), **vars(settings), **changed})
     s.changed = [k for k in SETTINGS if k not in FREE and getattr(s, k) != getattr(papers, k)]
-    if (s.dataset, s.percent) not in ROWS:
-        print(f"settings: there is no row for {s.dataset} at {s.percent:g}%: the nearest is taken")
     data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
-    n = len(data.train_images)
-    size = math.floor(n * s.percent / 100 + 1e-9)
-    if not 1 <= size <= n:
-        raise InputError(f"--percent {s.percent:g} of {n} training images is {size}: it must leave "
-                         "at least one and at most all")
+    size = share(len(data.train_images), s.percent, "--percent")
     system = "" if s.objective == "mse" else f"_{s.objective}"
     run_dir = Path(s.run_dir or f"runs/{data.name}{system}")
     set_dir = run_dir / (s.name or f"{s.percent:g}pct_{s.init}")
     log = Log(set_dir / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
     return argparse.Namespace(s=s, data=data, run_dir=run_dir, set_dir=set_dir, log=log, size=size)
-
 
 def claim(run, stage):
     """Keeps in config.json what `stage` is made with, and whether all of it is the paper's. Raises
@@ -583,7 +528,7 @@ def claim(run, stage):
         made.update({k: getattr(run.s, k) for k in own})
         changed += {*own} & {*run.s.changed}
         path = (run.run_dir if earlier in ("teacher", "experts") else run.set_dir) / "config.json"
-        config = read_json(path)
+        config = json.loads(path.read_text()) if path.exists() else {}
         then = config.get(earlier, {**made, "code": code, "paper": not changed})
         differ = [f"{k} {then.get(k)} -> {v}" for k, v in made.items() if then.get(k) != v]
         if differ:
@@ -595,7 +540,6 @@ def claim(run, stage):
     if stage not in config and RANK == 0:             # these are of the last in the loop, `stage`
         save_text(path, json.dumps({**config, stage: then}, indent=2) + "\n")
 
-
 def execute(run, stage):
     """Runs one stage, if it is not done."""
     claim(run, stage)
@@ -603,7 +547,6 @@ def execute(run, stage):
     print(f"{stage}: " + "  ".join(f"{k} {v}" for k, v in own.items()), flush=True)
     STAGES[stage](run)
     barrier()
-
 
 def parse(argv):
     """The arguments; in `given` those that are settings."""
@@ -614,11 +557,11 @@ def parse(argv):
     add("--dataset", default="cifar10", help=f"{', '.join(DATASETS)}, a task of eval.py, a folder "
         "with train/ and test/ inside, or an .npz (default: cifar10)")
     add("--data-dir", default="data", help="where data sets are kept (default: data)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
     add("--run-dir", help="where results go (default: runs/DATASET)")
     add("--name", help="folder of the distilled set in it (default: 2pct_high_loss, ...)")
     add("--seed", type=int, default=0, help="fixes every random draw (default: 0)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
     add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
     add("--log-seconds", type=float, default=10.0, help="between progress lines (default: 10)")
     groups = {of: parser.add_argument_group(f"settings of {of or 'length'}")
@@ -632,18 +575,16 @@ def parse(argv):
     args.given = {k: v for k, v in vars(args).items() if k in SETTINGS}
     return args
 
-
 def main(argv=None):
     """The command line; see the top of this file."""
     args = parse(argv)
-    with one_line_errors("mkdt.py"), contextlib.redirect_stdout(None if RANK else sys.stdout):
+    with command_line("mkdt.py"):
         args.device = start(args.device)
         run = open_run(args, args.given)
         for stage in {"all": STAGES, "figure1": ["teacher"]}.get(args.stage, [args.stage]):
             execute(run, stage)
         if args.stage == "figure1":
             figure1_stage(args, run)
-
 
 if __name__ == "__main__":
     main()

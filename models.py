@@ -7,7 +7,6 @@
     train           the one training loop: teacher, experts, pre-training, fine-tuning
 
 To try an idea, write a function or a class and add a line to the dict of its kind."""
-import collections
 import contextlib
 import datetime
 import functools
@@ -22,21 +21,17 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-
 class InputError(ValueError):
     """Something a user can put right: a file, a flag, a value. One line that says how."""
-
 
 # ---- Random numbers: each draw has a name ----------------------------------------------------
 def stream(seed, *name):
     """A torch.Generator for the draw called `name`, e.g. stream(0, "expert", 3, "order", epoch).
-
     Every random number of the project comes from one of these. Nothing then depends on what was
     drawn before, expert i is the same whether 5 or 100 are trained, and an interrupted run needs
     no generator's state. `.initial_seed()` is the number to seed something else with."""
     digest = hashlib.sha256(repr((int(seed), *name)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-
 
 def build(make, seed, *name):
     """make() with its initial weights drawn from the stream called `name`, on the CPU."""
@@ -44,11 +39,9 @@ def build(make, seed, *name):
         torch.manual_seed(stream(seed, *name).initial_seed())
         return make()
 
-
 # ---- Encoders --------------------------------------------------------------------------------
 class InstanceNorm(nn.Module):
     """Instance norm with affine parameters: GroupNorm with one channel a group (section 5).
-
     Written out, because the compiler fuses these operations with their neighbours and
     differentiates them twice; nn.GroupNorm is opaque to both."""
 
@@ -63,11 +56,9 @@ class InstanceNorm(nn.Module):
         scale = torch.rsqrt(var + self.eps) * self.weight[:, None, None]
         return (x - mean) * scale + self.bias[:, None, None]
 
-
 class ConvNet(nn.Module):
     """The student: blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then
     one linear layer to the teacher's dimension. Depth 3 for 32 pixels, 4 for 64 (section 5).
-
     features: [B, width * (size / 2^depth)^2], the flattened last block, for images of any size.
     forward:  [B, out_dim], the representation that is matched, for images of `image_size` pixels.
     """
@@ -91,11 +82,9 @@ class ConvNet(nn.Module):
     def forward(self, x):
         return self.head(self.features(x))
 
-
 class ResNet(nn.Module):
     """ResNet for small images: the stem is one 3x3 convolution of stride 1, and max-pooling only
     where `max_pool` asks (the teacher of TinyImageNet). `blocks`: how many in each stage.
-
     features: [B, 8 * width * k^2], the last stage under 4x4 average pooling. k = 1 at 32 pixels:
               at width 64 the teacher's 512 numbers (A.1); k = 2 at 64, as in the authors' code.
     forward:  a linear map of the features to `out_dim`; the features where that is None."""
@@ -130,13 +119,11 @@ class ResNet(nn.Module):
     def forward(self, x):
         return self.head(self.features(x))
 
-
 # Name: make(out_dim, image_size, width). One that is distilled with has no batch norm. Each has
 # `features(x)`, the penultimate representation that is probed, `head` and `forward(x)`.
 ENCODERS = {"convnet": ConvNet,
             "resnet10": functools.partial(ResNet, [1, 1, 1, 1]),
             "resnet18": functools.partial(ResNet, [2, 2, 2, 2])}
-
 
 def encoder(name, out_dim, image_size):
     """A freshly built encoder of ENCODERS; `name` may end in a width, as in resnet18:16."""
@@ -146,11 +133,9 @@ def encoder(name, out_dim, image_size):
                          "width if you like, as in resnet18:16")
     return ENCODERS[kind](out_dim, image_size, *([int(width)] if width else []))
 
-
 # ---- Self-supervision: what the teacher learns by --------------------------------------------
 def barlow_twins_loss(z1, z2, lambd):
     """Barlow Twins, Eq. 1: sum_i (1 - F_ii)^2 + lambda * sum_{i != j} F_ij^2.
-
     z1, z2: [B, d], projections of two views of the same B images. F is their [d, d]
     cross-correlation: each output is standardised over the batch first (Zbontar et al. 2021).
     lambd: weight of the off-diagonal terms; 1/128 on CIFAR, 1/1024 on TinyImageNet."""
@@ -160,10 +145,8 @@ def barlow_twins_loss(z1, z2, lambd):
     off_diagonal = corr.square().sum() - corr.diagonal().square().sum()
     return on_diagonal + lambd * off_diagonal
 
-
 def nt_xent_loss(z1, z2, temperature=0.5):
     """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views.
-
     z1, z2: [B, d], projections of two views of the same B images. Each view's positive is the
     other view of its image; the remaining 2B - 2 views are its negatives."""
     z = F.normalize(torch.cat([z1, z2]))                                         # [2B, d]
@@ -172,18 +155,15 @@ def nt_xent_loss(z1, z2, temperature=0.5):
     positive = torch.arange(len(z), device=z.device).roll(len(z1))               # i <-> i + B
     return F.cross_entropy(similarity, positive)
 
-
 def barlow_projector(d):
     """d -> d -> 1024, as in mix-bt, whose recipe the paper follows (A.1)."""
     return nn.Sequential(nn.Linear(d, d, bias=False), nn.BatchNorm1d(d), nn.ReLU(),
                          nn.Linear(d, 1024))
 
-
 def simclr_projector(d):
     """d -> d -> 128, with batch norm after both layers (A.1)."""
     return nn.Sequential(nn.Linear(d, d), nn.BatchNorm1d(d), nn.ReLU(),
                          nn.Linear(d, 128), nn.BatchNorm1d(128))
-
 
 def warmup_cosine(step, steps, per_epoch, peak):
     """Rate at `step`: linear for 10 epochs (10% of short runs), then cosine to peak / 1000."""
@@ -193,7 +173,6 @@ def warmup_cosine(step, steps, per_epoch, peak):
     progress = (step - warmup) / max(1, steps - warmup)
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-
 # Name of --ssl: the loss of two views' projections under the settings s, the head, the schedule.
 SSL = {
     "barlow": (lambda z1, z2, s: barlow_twins_loss(z1, z2, s.lambd),
@@ -202,22 +181,18 @@ SSL = {
                simclr_projector, lambda step, steps, per_epoch, peak: peak),
 }
 
-
 # ---- What a student f minimises: the mean of these over images (and dimensions) --------------
 def mse(f, x, y):
     """L_MSE of Eq. 5 before its mean: [B, d] for images x and the teacher's representations y."""
     return (f(x) - y).square()
 
-
 def cross_entropy(f, x, y):
     """[B] for labels y: MTT (Cazenavette et al. 2022)."""
     return F.cross_entropy(f(x), y, reduction="none")
 
-
 def simclr(f, x, y):
     """SimCLR's loss of two views, y being two augmentations as functions: MTT-SSL (app. F)."""
     return nt_xent_loss(*(f(augment(x)) for augment in y))
-
 
 # Name of --objective: the loss, and what y is.
 OBJECTIVES = {
@@ -226,16 +201,13 @@ OBJECTIVES = {
     "ssl": (simclr, "views"),
 }
 
-
 # ---- A network as a function of one flat vector ----------------------------------------------
 def flat_parameters(model):
     """All parameters of `model` copied into one vector theta [P], in their own order."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
-
 def functional(model):
     """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
-
     `model` lends its architecture only. Raises InputError if it has batch norm, whose running
     statistics are not in theta: a trajectory of theta would not say what the network is."""
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
@@ -250,7 +222,6 @@ def functional(model):
 
     return f
 
-
 # ---- The training loop -----------------------------------------------------------------------
 def batches(n, batch_size, epochs, seed, name, drop_last=False):
     """(step, indices) of the mini-batches of `epochs` passes over n images in random order."""
@@ -262,10 +233,8 @@ def batches(n, batch_size, epochs, seed, name, drop_last=False):
                 yield step, batch
                 step += 1
 
-
 def train(loss, optimizer, order, rate=None):
     """One step of `optimizer` on loss(batch, step) for each (step, batch) of `order`.
-
     rate(step): the learning rate, if it changes. Yields (steps done, {"loss": ...})."""
     for step, batch in order:
         if rate:
@@ -277,17 +246,15 @@ def train(loss, optimizer, order, rate=None):
         optimizer.step()
         yield step + 1, {"loss": value.detach()}
 
-
 def exhaust(loop):
     """Runs a loop to its end."""
-    collections.deque(loop, maxlen=0)
-
+    for _ in loop:
+        pass
 
 @torch.no_grad()
 def encode(f, images, prepare=lambda images: images, chunk=250):
     """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
     return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
-
 
 def compiled(f, on=True):
     """f, compiled by torch at its first call, for the shapes it gets there; f itself for others
@@ -307,15 +274,12 @@ def compiled(f, on=True):
         return f(*args)
     return call
 
-
 def first_line(error):
     """The first line of an exception's message, or its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
-
 # ---- Devices and processes: alone, or one of the ranks that torchrun starts ------------------
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
 
 def start(device):
     """The torch.device called `device` (auto: the GPU if there is one); joins the other ranks."""
@@ -331,28 +295,26 @@ def start(device):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True                  # shapes are few
     if RANKS > 1 and not dist.is_initialized():
-        patience = datetime.timedelta(days=7)                  # others wait while rank 0 works
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=7))      # while rank 0 works
     return device
 
-
 @contextlib.contextmanager
-def one_line_errors(script):
-    """What a user can put right ends the program with one line and exit code 2."""
+def command_line(script):
+    """What a user can put right ends the program with one line and exit code 2. Rank 0 prints."""
     try:
-        yield
+        with contextlib.redirect_stdout(None if RANK else sys.stdout):
+            yield
     except InputError as error:
         print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"{script}: stopped; the same command goes on")
 
-
 def barrier():
     """Returns when every rank has come here."""
     if RANKS > 1:
         dist.barrier()
-
 
 @contextlib.contextmanager
 def rank_0_first():
@@ -363,16 +325,13 @@ def rank_0_first():
     if not RANK:
         barrier()
 
-
 def sum_over_ranks(tensors):
     """Replaces each of `tensors` by its sum over the ranks."""
     for tensor in tensors if RANKS > 1 else ():
         dist.all_reduce(tensor)
 
-
 def rows_of_all_ranks(z):
     """The rows z [b, d] of every rank, [RANKS * b, d]; gradients flow to this rank's own only.
-
     A loss of them all has on each rank the gradient of its share: the sum over ranks is whole."""
     if RANKS == 1:
         return z
