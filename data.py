@@ -309,10 +309,11 @@ def fetched(folder, *archives):
         download_and_extract_archive(url, folder, md5=md5)
     return folder
 
-def from_torchvision(make, option, train, test, pairs, **options):
-    """A reader of one of torchvision's data sets, of which pairs(it) are the items."""
-    return lambda data_dir: {split: list(pairs(make(data_dir, **{option: value}, **options)))
-                             for split, value in (("train", train), ("test", test))}
+def from_torchvision(make, pairs, train, test, **both):
+    """A reader of one of torchvision's data sets, make(root, **train) and make(root, **test), of
+    which pairs(it) are the items."""
+    return lambda data_dir: {split: list(pairs(make(data_dir, **own, **both)))
+                             for split, own in (("train", train), ("test", test))}
 
 def tinyimagenet(data_dir):
     """The validation images are the test split, as everywhere."""
@@ -381,23 +382,23 @@ def draw_shapes(n, size, rng):
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8), labels
 
 def shapes(data_dir):
-    """The items of `shapes`, drawn by numpy alone."""
+    """The items of `shapes`."""
     pairs = list(zip(*draw_shapes(5000, 32, np.random.default_rng(0))))
     return {"train": pairs[:4000], "test": pairs[4000:]}
 
-CIFAR = dict(option="train", train=True, test=False, download=True,
-             pairs=lambda d: zip(d.data, d.targets))
-FILES = dict(option="split", test="test", download=True,
-             pairs=lambda d: zip(d._image_files, d._labels))
+CIFAR = dict(pairs=lambda d: zip(d.data, d.targets), download=True,
+             train={"train": True}, test={"train": False})
+FILES = dict(pairs=lambda d: zip(d._image_files, d._labels), download=True, test={"split": "test"})
 OFFICIAL = {                                        # name: a reader of its items in a data_dir
     "cifar10": from_torchvision(datasets.CIFAR10, **CIFAR),
     "cifar100": from_torchvision(datasets.CIFAR100, **CIFAR),
     "tinyimagenet": tinyimagenet,
-    "aircraft": from_torchvision(datasets.FGVCAircraft, train="trainval", **FILES),   # 100 variants
+    "aircraft": from_torchvision(datasets.FGVCAircraft, train={"split": "trainval"}, **FILES),
     "cub2011": cub2011,
     "dogs": dogs,
-    "flowers": from_torchvision(datasets.Flowers102, train="train", **FILES),
-    "cars": from_torchvision(datasets.StanfordCars, "split", "train", "test", lambda d: d._samples),
+    "flowers": from_torchvision(datasets.Flowers102, train={"split": "train"}, **FILES),
+    "cars": from_torchvision(datasets.StanfordCars, lambda d: d._samples, {"split": "train"},
+                             {"split": "test"}),
     "shapes": shapes,
 }
 
@@ -481,28 +482,26 @@ def two_views(images, seed, scale=(0.08, 1.0), gray=0.2):
 def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), gray=0.2):
     """Two draws from A of Eq. 1 for n images, as functions of images [n, 3, size, size] in [0, 1].
     Random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
-    contrast, saturation (0.4) and hue (0.1, p 0.8), grey (p `gray`), as in the recipe of A.1.
+    contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `gray`), the recipe of A.1.
     Every image has its own parameters, which `seed` fixes; only the order of the jitters is
     drawn once a view. The functions are differentiable and the same at every call."""
     rng, orders = torch.Generator(device).manual_seed(seed), np.random.default_rng(seed)
-    return tuple(draw_augmentation(n, size, rng, orders.permutation([*JITTERS]), scale, gray)
-                 for _ in range(2))
 
-def draw_augmentation(n, size, rng, order, scale, gray):
-    """One of `draw_augmentations`, with the jitters in that order."""
-    def chance(p):
-        return torch.rand(n, device=rng.device, generator=rng) < p
+    def uniform(*shape):
+        return torch.rand(*shape, n, device=device, generator=rng)[..., None, None, None]
 
-    box, flip, jittered = random_crops(n, size, scale, rng), chance(0.5), chance(0.8)
-    amounts = 0.8 * torch.rand(4, n, 1, 1, 1, device=rng.device, generator=rng) - 0.4
-    amounts, grey = amounts * jittered[:, None, None, None], chance(gray)
+    def draw():
+        box, flip = random_crops(n, size, scale, rng), uniform().flatten() < 0.5
+        amounts = (0.8 * uniform(4) - 0.4) * (uniform() < 0.8)
+        grey, order = uniform() < gray, orders.permutation([*JITTERS])
 
-    def augment(images):
-        images = resized_crop(images, box, size, flip)
-        for name, amount in zip(order, amounts):
-            images = JITTERS[name](images, amount)
-        return torch.where(grey[:, None, None, None], rgb_to_grayscale(images), images)
-    return augment
+        def augment(images):
+            images = resized_crop(images, box, size, flip)
+            for name, amount in zip(order, amounts):
+                images = JITTERS[name](images, amount)
+            return torch.where(grey, rgb_to_grayscale(images), images)
+        return augment
+    return draw(), draw()
 
 def shift_and_flip(images, seed, most=4):
     """Float images [B, C, H, H] in [0, 1], each shifted by up to `most` pixels (black comes in)

@@ -36,8 +36,8 @@ SETS = {
     "subset": (".+", "subset:FILE: training images by index, as SAS's: .pkl, .npy or .txt"),
     "high_loss": ("", "as many, those of the highest loss (section 4.2)"),
     "initial": ("", "the images that distillation began with"),
-    "krr_st": (r"|\d+", "distilled here by KRR-ST, 160000 iterations; krr_st:1000: 1000"),
-    "dm": (r"|\d+", "distilled here by DM without labels, 20000 iterations; dm:500: 500"),
+    "krr_st": (r"|\d+", "KRR-ST's, made here by the teacher, 160000 steps; krr_st:1000: 1000"),
+    "dm": (r"|\d+", "DM's without labels, made here likewise, 20000 steps; dm:500: 500"),
     "distilled": (".+", "distilled:PATH: a set of this project, the authors' or KRR-ST's code"),
     "raw": (".+", "raw:PATH: such a set in pixels from 0 to 1, which are normalised first"),
     "mkdt": (r"|\d+", "the run's distilled set; mkdt:1000: its snapshot after 1000 iterations"),
@@ -254,11 +254,11 @@ def krr_st(state, make, real, iterations, lr, seed, first=0):
             state.age[k] = 0
         yield step + 1, {"loss": loss.detach()}
 
-def dm(state, make, data, views, groups, iterations, seed, first=0):
+def dm(state, make, data, s, groups, iterations, seed, first=0):
     """DM (Zhao & Bilen 2023) without labels (appendix F): moves `state.images` [n, 3, H, W].
     Every iteration takes a fresh encoder of make(), and draws the mean features of each of as many
     `groups` of images as there would be classes to those of 256 real images, both augmented by
-    views(n, draw); the losses are summed. SGD at rate 1, momentum 0.5. Yields as `train`."""
+    `views_of`; the losses are summed. SGD at rate 1, momentum 0.5. Yields as `train`."""
     images = state.images
     parts = torch.arange(len(images)).chunk(max(1, groups))
     for step in range(first, iterations):
@@ -268,7 +268,7 @@ def dm(state, make, data, views, groups, iterations, seed, first=0):
         total = 0.0
         for g, part in enumerate(parts):
             batch = torch.randint(len(data.train_images), (256,), generator=rng)
-            (augment, _), (ours, _) = (views(n, (seed, "dm", "views", step, g))
+            (augment, _), (ours, _) = (views_of(s, data, n, (seed, "dm", "views", step, g))
                                        for n in (256, len(part)))
             mean = net.features(augment(data.normalize(data.train_images[batch]))).mean(dim=0)
             loss = (net.features(ours(images[part])).mean(dim=0) - mean).square().sum()
@@ -287,28 +287,27 @@ def make_rival(r, kind, iterations, path):
     chosen = torch.randperm(len(real), generator=stream(0, kind, "images"))[:n]
     images = r.data.normalize(real[chosen])
 
-    def draw(name, rng):
+    def augmented(draw, rng):
         batch = torch.randint(len(real), (1024,), generator=rng)
-        x = shift_and_flip(real[batch].float() / 255, stream(*name).initial_seed())
+        x = shift_and_flip(real[batch].float() / 255, stream(*draw).initial_seed())
         x = r.data.normalize(x)
         return x, encode(f_T.features, x)
+    checkpoint, make = f"{path}.checkpoint", r.make
     if kind == "krr_st":
-        state = krr_state(r.make, images, r.rows[chosen], iterations, 0)
+        state = krr_state(make, images, r.rows[chosen], iterations, 0)
         lr = 1e-5 if r.data.name == "tinyimagenet" else 1e-4
-        begin = functools.partial(krr_st, state, r.make, draw, iterations, lr, 0)
+        begin = functools.partial(krr_st, state, make, augmented, iterations, lr)
     else:
         optimizer = torch.optim.SGD([images.requires_grad_()], 1.0, momentum=0.5)
         state = argparse.Namespace(images=images, optimizer=optimizer)
-        views = functools.partial(views_of, r.s, r.data)
-        begin = functools.partial(dm, state, r.make, r.data, views, r.data.classes, iterations, 0)
-    checkpoint = f"{path}.checkpoint"
-    loop = begin(restore(checkpoint, **vars(state)))
+        begin = functools.partial(dm, state, make, r.data, r.s, r.data.classes, iterations)
+    loop = begin(seed=0, first=restore(checkpoint, **vars(state)))
     exhaust(follow(kind, loop, iterations, r.log, checkpoint, **vars(state)))
     targets = state.targets if kind == "krr_st" else encode(f_T.features, state.images)
     save(path, {"images": state.images.detach().cpu(), "targets": targets.detach().cpu()})
 
 def read_teacher(r):
-    """The teacher of a run in eval mode. Raises InputError if it has none."""
+    """The teacher of a run in eval mode. Raises InputError if it was not trained here."""
     f_T = ENCODERS["resnet18"](None, r.data.image_size, r.s.teacher_width, bool(r.s.max_pool))
     f_T.load_state_dict(load(r.dir.parent / "teacher.pt"))
     return f_T.to(r.s.device).eval()
@@ -386,7 +385,7 @@ def read_indices(path, n):
     return torch.tensor(indices).long()
 
 def read_distilled(path):
-    """(images [n, 3, H, W], targets [n, d], labels [n] or None, rate or None) of a distilled set.
+    """(images [n, 3, H, W], targets [n, d] or labels [n] or None, rate or None) of a set in files.
     path: a distilled.pt, a snapshot or an init.pt of this project; images_S.pt with labels_S.pt
     and synlr_S.pt beside it, as the authors' code leaves them; KRR-ST's x_syn.pt with y_syn.pt."""
     path, images = Path(path), load(path)
@@ -682,15 +681,15 @@ krr_st 66.81 88.72 41.54 28.68 25.30 26.39 67.88
 random:ssl 66.44 88.74 42.02 28.75 25.12 26.57 68.21
 """
 
-PAPER = {}                  # {(data set, percent, teacher, how, labels, row, task): mean}
+PAPER = {}                   # {(data set, percent, teacher, how, labels, row, task): mean}
 for line in TABLES.strip().splitlines():
     if ": " in line:
         head, tasks = (part.split() for part in line.split(": "))
         block, shares = head[:4], head[4:]
     else:
         row, *means = line.split()
-        for (percent, task), mean in zip(itertools.product(shares, tasks), means):
-            PAPER[*block, percent, row, task] = mean
+        for (labels, task), mean in zip(itertools.product(shares, tasks), means):
+            PAPER[(*block, labels, row, task)] = mean
 
 def paper_value(r, name, how, task, labels):
     """The paper's mean for a cell, " (53.08)"; "" where it has none for exactly this setting.
@@ -705,7 +704,8 @@ def paper_value(r, name, how, task, labels):
         row = "krr_st"
     if rate or s.objective != "mse" and kind not in ("none", "mkdt"):
         return ""
-    same = s.paper if kind in ("mkdt", "high_loss") else r.experts_are_the_papers
+    same = s.paper if kind in ("mkdt", "high_loss") else (
+        r.experts_are_the_papers and (s.pretrain_batch, s.pretrain_lr) == (256, 0.1))
     if not same or name == "mkdt" and r.mkdt["iterations"] != 5000:
         return ""
     block = s.dataset, f"{s.percent:g}", s.ssl, HOW.get(how)

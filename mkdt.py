@@ -37,7 +37,7 @@ from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier,
                     command_line, compiled, encode, exhaust, flat_parameters, functional,
                     rows_of_all_ranks, start, stream, sum_over_ranks, train)
 
-# ---- Settings: stage, default (the paper's), meaning. Each is a flag, and kept in config.json 
+# ---- Settings: stage, default (CIFAR-10 at 2%), meaning. Each is a flag, kept in config.json ---
 SETTINGS = {
     "train_images": ("teacher", 0, "use the first so many training images; 0: all"),
     "image_size": ("teacher", 0, "side in pixels to squash images to; 0: their own (folders: 32)"),
@@ -74,7 +74,7 @@ SETTINGS = {
     "syn_lr_lr": ("distill", 1e-4, "rate of SGD on the learned rate"),
     "syn_momentum": ("distill", 0.5, "momentum of both"),
     "syn_batch": ("distill", 256, "distilled images a step"),
-    "clip": ("distill", 0.1, "most that an iteration moves an image, in deviations; 0: no bound"),
+    "clip": ("distill", 0.1, "bound on an iteration's step of images, and of the rate; 0: none"),
     "iterations": ("", 5000, "S, the number of distillation iterations; may be raised later"),
     "pretrain_epochs": ("distill", 20, "epochs of pre-training on the distilled set (Eq. 9)"),
     "pretrain_batch": ("distill", 256, "images a pre-training step"),
@@ -102,12 +102,13 @@ ROWS = {                                   # N, M, T+, pixel_lr
 }
 VARIED = "percent", "ssl", "objective", "init"             # in the paper's tables
 FREE = "clip", "expert_epochs", "iterations"               # beside its values all the same
-# A.2 names no rate for the inner steps of MTT; its public code begins at that of its experts.
+# A.2 names no rate for the inner steps of MTT; its public code begins at that of MTT's experts.
 MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
-BY_LOSS = {                                # of the teacher (--ssl) or of students (--objective)
-    "simclr": dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3),
-    "ssl": dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, **MTT),
-    "ce": dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0, expert_decay=0.0, **MTT),
+BY_LOSS = {
+    ("ssl", "simclr"): dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3),
+    ("objective", "ssl"): dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, **MTT),
+    ("objective", "ce"): dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0,
+                              expert_decay=0.0, **MTT),
 }
 
 # ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) -------------------------------------------
@@ -178,8 +179,8 @@ def teacher_stage(run):
 
 # ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) -------------------------------------------
 def train_expert(model, loss, order, examples, s, seed):
-    """An expert (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's, on the examples of the
-    `batches` in `order`; no augmentation, a constant rate. MTT-SSL's experts take Adam (A.2).
+    """An expert (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's, on the examples of
+    s.expert_epochs epochs of `order`, at a constant rate. MTT-SSL's experts take Adam (A.2).
     Returns theta*_0 .. theta*_T, [T + 1, P] on the CPU, and each epoch's mean loss."""
     if s.objective == "ssl":
         optimizer = torch.optim.Adam(model.parameters(), s.expert_lr, weight_decay=s.expert_decay)
@@ -257,17 +258,17 @@ def init_stage(run):
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) --------------------------------
 def new_syn(images, s):
     """Line 4: D_syn and alpha_syn as `distill` begins, and the SGD of line 18."""
-    syn = argparse.Namespace(initial=images, images=images.clone(), lr=images.new_tensor(s.syn_lr))
-    rates = {"params": [syn.images], "lr": s.pixel_lr}, {"params": [syn.lr], "lr": s.syn_lr_lr}
-    syn.optimizer = torch.optim.SGD(rates, momentum=s.syn_momentum)
-    return syn
+    images, lr = images.clone(), images.new_tensor(s.syn_lr)
+    rates = {"params": [images], "lr": s.pixel_lr}, {"params": [lr], "lr": s.syn_lr_lr}
+    optimizer = torch.optim.SGD(rates, momentum=s.syn_momentum)
+    return argparse.Namespace(images=images, lr=lr, optimizer=optimizer)
 
 def distill(gradient, adjoint, experts, syn, targets, s, first=0):
     """Algorithm 1, lines 5 - 19: moves the images and the rate of `syn`, in place.
     gradient, adjoint: `inner_steps` of the students' loss. experts: K trajectories [T + 1, P].
     syn: of `new_syn`. targets(batch, draw): Z_syn, which stays fixed. Several ranks draw one
     trajectory each. Yields (iterations done, {Eq. 4's loss, alpha_syn, how many images were
-    bounded, how far pixels have moved})."""
+    bounded})."""
     images, lr = syn.images, syn.lr                              # [n, 3, H, W], []
     for step in range(first, s.iterations):                                             # line 5
         draw = s.seed, "distill", step * RANKS + RANK
@@ -282,8 +283,7 @@ def distill(gradient, adjoint, experts, syn, targets, s, first=0):
         sum_over_ranks([loss, grad_images, grad_lr])
         images.grad, lr.grad, bounded = bound(grad_images / RANKS, grad_lr / RANKS, lr, s)
         syn.optimizer.step()                                                            # 18
-        yield step + 1, {"loss": loss / RANKS, "lr": lr.clone(), "bounded": bounded,
-                         "moved": (images - syn.initial).abs().mean()}
+        yield step + 1, {"loss": loss / RANKS, "lr": lr.clone(), "bounded": bounded}
 
 def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate.
@@ -341,14 +341,14 @@ def draw_batches(n, steps, batch_size, rng):
     return drawn[:steps]
 
 def bound(grad_images, grad_lr, lr, s):
-    """--clip: the gradients [n, ...] and [], scaled so that, before momentum, this iteration moves
+    """--clip: the gradients [n, 3, H, W] and [], so scaled that, before momentum, they move
     no image by more than s.clip (root mean square, in standard deviations) and the rate by no more
     than that share of itself; and how many images that touched. One start at t = 0 can have
     gradients hundreds of times the usual, which would ruin the images at once."""
     if not s.clip:
         return grad_images, grad_lr, torch.zeros_like(grad_lr)
-    size = s.pixel_lr * grad_images.flatten(1).square().mean(dim=1).sqrt()               # [n]
-    scale = (s.clip / size).clamp(max=1)
+    rms = s.pixel_lr * grad_images.flatten(1).square().mean(dim=1).sqrt()                # [n]
+    scale = (s.clip / rms).clamp(max=1)
     most = s.clip * lr / s.syn_lr_lr
     return (grad_images * scale[:, None, None, None], grad_lr.clamp(-most, most),
             (scale < 1).sum().to(lr))
@@ -358,13 +358,13 @@ def distill_stage(run):
     s, data, folder, path = run.s, run.data, run.set_dir, run.set_dir / "distilled.pt"
     if path.exists() and load(path)["iterations"] >= s.iterations:
         return
-    init, (_, d) = load(folder / "init.pt"), read_targets(s, data, run.run_dir)
-    targets = init["targets"].to(s.device) if "targets" in init else None
+    init = {k: v.to(s.device) for k, v in load(folder / "init.pt").items()}
+    _, d = read_targets(s, data, run.run_dir)
     experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
     f = functional(student_of(s, d, data.image_size)())
     loss = student_loss(f, OBJECTIVES[s.objective][0])
     gradient, adjoint = (compiled(step, can_compile(s)) for step in inner_steps(loss))
-    syn = new_syn(init["images"].to(s.device), s)
+    syn, targets = new_syn(init["images"], s), init.get("targets")
     checkpoint = folder / "distill_checkpoint.pt"
     first = restore(checkpoint, **vars(syn))
     loop = distill(gradient, adjoint, experts, syn, targets_of(s, data, targets), s, first)
@@ -376,10 +376,11 @@ def distill_stage(run):
         save(path, {**kept, "lr": syn.lr.item(), "iterations": iterations})
 
     for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **vars(syn)):
+        values["moved"] = (syn.images - init["images"]).abs().mean()    # a pixel, in deviations
         if step % 1000 == 0 and values["moved"].isfinite() and values["lr"] > 0 and RANK == 0:
             keep(folder / f"distilled_{step:05d}.pt", step)
     if RANK == 0:
-        draw_results(run, init["images"], syn.images.cpu())
+        draw_results(run, init["images"], syn.images)
         lines = {k: v for k, v in read_results(folder).items() if "mkdt" not in k[0]}
         for stale in folder.glob("results*"):                    # of fewer iterations
             stale.unlink()
@@ -408,7 +409,7 @@ def draw_results(run, before, after):
     shown = 20 if len(before) >= 20 else 10                              # whole rows
     pairs = zip(before[:shown].split(10), after[:shown].split(10))
     rows = torch.cat([row for pair in pairs for row in pair])
-    tiles = run.data.denormalize(rows.to(run.s.device))
+    tiles = run.data.denormalize(rows)
     zoomed = torch.nn.functional.interpolate(tiles.clamp(0, 1), scale_factor=3)
     grid = make_grid(zoomed, nrow=min(10, len(before)), pad_value=1)
     write_file(run.set_dir / "distilled.png", lambda file: save_image(grid, file, format="png"))
@@ -479,12 +480,13 @@ def resolve(dataset, given):
     and percentage (the nearest, where there is none), changed by `given`."""
     known = dataset if dataset in DATASETS else \
         "tinyimagenet" if given.get("image_size", 0) >= 64 else "cifar10"
-    percent = {"percent": SETTINGS["percent"][1], **DATASETS[known], **given}["percent"]
+    percent = given.get("percent", DATASETS[known].get("percent", SETTINGS["percent"][1]))
     row = min((p for name, p in ROWS if name == known), key=lambda p: abs(p - percent))
-    s = argparse.Namespace(**{
-        **{name: default for name, (_, default, _) in SETTINGS.items()},
-        **BY_LOSS.get(given.get("ssl"), {}), **DATASETS[known],
-        **dict(zip(ROW, ROWS[known, row])), **BY_LOSS.get(given.get("objective"), {}), **given})
+    layers = ({name: default for name, (_, default, _) in SETTINGS.items()},      # the later wins
+              BY_LOSS.get(("ssl", given.get("ssl")), {}), DATASETS[known],
+              dict(zip(ROW, ROWS[known, row])),
+              BY_LOSS.get(("objective", given.get("objective")), {}), given)
+    s = argparse.Namespace(**{name: v for layer in layers for name, v in layer.items()})
     for name, (_, default, _) in SETTINGS.items():
         value = getattr(s, name)
         least = 1 if isinstance(default, int) and default and name != "max_start_epoch" else 0
@@ -537,8 +539,8 @@ def claim(run, stage):
                              "same experts) or --run-dir, or delete it")
         if then["code"] != code:
             print(f"{earlier}: {path.parent} was made by other code than it is now", flush=True)
-    if stage not in config and RANK == 0:             # these are of the last in the loop, `stage`
-        save_text(path, json.dumps({**config, stage: then}, indent=2) + "\n")
+        if earlier == stage and stage not in config and RANK == 0:
+            save_text(path, json.dumps({**config, stage: then}, indent=2) + "\n")
 
 def execute(run, stage):
     """Runs one stage, if it is not done."""

@@ -26,7 +26,7 @@ class InputError(ValueError):
 
 # ---- Random numbers: each draw has a name ----------------------------------------------------
 def stream(seed, *name):
-    """A torch.Generator for the draw called `name`, e.g. stream(0, "expert", 3, "order", epoch).
+    """A torch.Generator for the draw called `name`, e.g. stream(0, "expert order", epoch).
     Every random number of the project comes from one of these. Nothing then depends on what was
     drawn before, expert i is the same whether 5 or 100 are trained, and an interrupted run needs
     no generator's state. `.initial_seed()` is the number to seed something else with."""
