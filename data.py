@@ -88,8 +88,7 @@ def follow(stage, loop, total, log, path=None, **state):
     in the file `path`, when that is due.
     Only then are values read from the device: means since the last line. Raises Diverged where
     one is not finite, or a learned rate "lr" not positive: no such state is ever saved."""
-    recent, began = [], time.monotonic()
-    saved = began
+    recent, began, saved = [], time.monotonic(), time.monotonic()
     for done, (step, values) in enumerate(loop, 1):
         yield step, values                     # the caller may take a snapshot first
         recent.append(values)
@@ -100,8 +99,8 @@ def follow(stage, loop, total, log, path=None, **state):
         means = {k: float(sum(v[k] for v in recent)) / len(recent) for k in values}
         rate, recent = float(values.get("lr", 1)), []
         if not all(map(math.isfinite, means.values())) or rate <= 0:
-            raise Diverged(f"{stage}: {means} at step {step}: lower its rate, or bound the step "
-                           "(--clip); the last checkpoint is of before")
+            raise Diverged(f"{stage}: {means} at step {step}: lower its rate (distill: or "
+                           "--clip); the last checkpoint is of before")
         log(stage, step, total, done / max(now - began, 1e-9), **means)
         if due and RANK == 0:
             tensors = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in state.items()}
@@ -367,18 +366,18 @@ def draw_shapes(n, size, rng):
     Position, size, rotation, colours and noise are random and independent of the form, so that
     neither brightness nor any single pixel gives it away."""
     labels = rng.permutation(np.arange(n) % len(FORMS))
-    forms = torch.tensor([[[c == "#" for c in row] for row in form.split()]
-                          for form in FORMS.values()], dtype=torch.float64)
+    bitmaps = torch.tensor([[[c == "#" for c in row] for row in form.split()]
+                            for form in FORMS.values()], dtype=torch.float64)      # [10, 7, 7]
     radius, angle = rng.uniform(0.56, 0.8, n), rng.uniform(0, 2 * np.pi, n)
-    x, y = rng.uniform(-0.2, 0.2, (2, n)) / radius
+    right, down = rng.uniform(-0.2, 0.2, (2, n)) / radius
     cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
-    from_image = torch.from_numpy(np.array([[cos, sin, x], [-sin, cos, y]])).permute(2, 0, 1)
-    grid = F.affine_grid(from_image, [n, 1, size, size], align_corners=False)
-    cover = F.grid_sample(forms[labels][:, None], grid, align_corners=False)      # [n, 1, H, H]
+    to_bitmap = torch.from_numpy(np.array([[cos, sin, right], [-sin, cos, down]])).permute(2, 0, 1)
+    grid = F.affine_grid(to_bitmap, [n, 1, size, size], align_corners=False)
+    cover = F.grid_sample(bitmaps[labels][:, None], grid, align_corners=False)    # [n, 1, H, H]
     cover = (2 * cover - 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()             # sharper edges
     contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
-    ground, form = rng.normal(0.5, 0.06, (2, n, 1, 1, 3)) + np.stack([-contrast, contrast])
-    images = ground + cover * (form - ground) + rng.normal(0, 0.06, (n, size, size, 3))
+    ground, ink = rng.normal(0.5, 0.06, (2, n, 1, 1, 3)) + np.stack([-contrast, contrast])
+    images = ground + cover * (ink - ground) + rng.normal(0, 0.06, (n, size, size, 3))
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8), labels
 
 def shapes(data_dir):

@@ -12,7 +12,7 @@ The file follows Algorithm 1 from top to bottom:
     distill   4 - 19    move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M
                         epochs on the real data end (Eq. 4)
     eval      section 5 pre-train on D_syn and probe linearly (eval.py)
-    figure1   Fig. 1    why trajectories of self-supervision itself cannot be matched
+    figure1   Fig. 1    why trajectories of self-supervision cannot be matched (not in "all")
 
 A file that exists is a stage that is done; give the same command again and it goes on."""
 import argparse
@@ -43,7 +43,7 @@ SETTINGS = {
     "image_size": ("teacher", 0, "side in pixels to squash images to; 0: their own (folders: 32)"),
     "representations": ("teacher", "", "file .pt or .npy [n, d] of any other model: no teacher"),
     "ssl": ("teacher", "barlow", f"self-supervised loss: {', '.join(SSL)}"),
-    "teacher_width": ("teacher", 64, "channels of the ResNet-18; representations have 8 x more"),
+    "teacher_width": ("teacher", 64, "channels of the ResNet-18, whose last stage has 8 x more"),
     "teacher_epochs": ("teacher", 1000, "epochs of self-supervised training (simclr: 400)"),
     "teacher_batch": ("teacher", 256, "images a step, two views of each (simclr: 512)"),
     "teacher_lr": ("teacher", 0.01, "peak rate of Adam (simclr: 0.001, constant)"),
@@ -114,8 +114,8 @@ BY_LOSS = {
 # ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) -------------------------------------------
 def train_teacher(network, optimizer, data, s, first=0):
     """Trains `network`, an encoder and its projection head, by self-supervision (Eq. 6).
-    The loss is float32. Ranks share each batch, and F or the negatives are of all of them. Yields
-    as `train`."""
+    The loss is float32. Ranks share each batch; the loss is of the rows of all. Yields as
+    `train`."""
     n, size, (loss_of, _, schedule) = len(data.train_images), batch_of(data, s), SSL[s.ssl]
     bf16 = s.bf16 == "on" or s.bf16 == "auto" and s.device.type == "cuda"
 
@@ -202,6 +202,7 @@ def experts_stage(run):
     rows, d = read_targets(s, data, run.run_dir)
     examples = examples_of(s, data, data.train_images, rows)
     model, loss = student(student_name(s), d, data.image_size, s)
+    functional(model)                       # refuses batch norm before anything is trained
     make = student_of(s, d, data.image_size)
     missing = [i for i in range(s.experts) if not expert_file(run, i).exists()][RANK::RANKS]
 
@@ -257,7 +258,7 @@ def init_stage(run):
 
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) --------------------------------
 def new_syn(images, s):
-    """Line 4: D_syn and alpha_syn as `distill` begins, and the SGD of line 18."""
+    """Lines 3, 4: D_syn and alpha_syn as `distill` begins, and the SGD of line 18."""
     images, lr = images.clone(), images.new_tensor(s.syn_lr)
     rates = {"params": [images], "lr": s.pixel_lr}, {"params": [lr], "lr": s.syn_lr_lr}
     optimizer = torch.optim.SGD(rates, momentum=s.syn_momentum)
@@ -266,16 +267,16 @@ def new_syn(images, s):
 def distill(gradient, adjoint, experts, syn, targets, s, first=0):
     """Algorithm 1, lines 5 - 19: moves the images and the rate of `syn`, in place.
     gradient, adjoint: `inner_steps` of the students' loss. experts: K trajectories [T + 1, P].
-    syn: of `new_syn`. targets(batch, draw): Z_syn, which stays fixed. Several ranks draw one
-    trajectory each. Yields (iterations done, {Eq. 4's loss, alpha_syn, how many images were
-    bounded})."""
+    syn: of `new_syn`. targets(batch, draw): Z_syn, which stays fixed (`draw` names the views of
+    MTT-SSL). `bound` is ours. Several ranks draw one trajectory each. Yields (iterations done,
+    {Eq. 4's loss, alpha_syn, how many images were bounded})."""
     images, lr = syn.images, syn.lr                              # [n, 3, H, W], []
     for step in range(first, s.iterations):                                             # line 5
         draw = s.seed, "distill", step * RANKS + RANK
         rng = stream(*draw)
         expert = experts[torch.randint(len(experts), (), generator=rng)]                # 6
         t = torch.randint(s.max_start_epoch + 1, (), generator=rng)                     # 7
-        theta, target = (expert[i].to(lr.device) for i in (t, t + s.match_epochs))      # 8, 9
+        theta, target = (expert[i].to(lr.device) for i in (t, t + s.match_epochs))      # 8, 9, 17
         drawn = draw_batches(len(images), s.syn_steps, s.syn_batch, rng)                # 10 - 12
         steps = [(b, targets(b, (*draw, n))) for n, b in enumerate(drawn)]
         loss, grad_images, grad_lr = matching_gradient(                                 # 13 - 17
@@ -292,7 +293,7 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     pairs (b_n, y_n) of image indices and their rows of Z_syn.
 
     Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, y_n)
-    Backward, with    v_n = dL_DD / dtheta_n:
+    Backward, v_n = dL_DD / dtheta_n, H_n = dg_n / dtheta_n (adjoint: H v, d(g . v)/dx, g . v):
         v_N = 2 (theta_N - target) / ||theta_0 - target||^2                         (Eq. 4)
         v_n = (I - lr H_n)^T v_{n+1} = v_{n+1} - lr H_n v_{n+1}           (H_n is symmetric)
         dL_DD / dx_{b_n} += -lr d(g_n . v_{n+1}) / dx      dL_DD / dlr += -g_n . v_{n+1}
@@ -321,7 +322,7 @@ def student_loss(f, objective):
 
 def inner_steps(loss):
     """The two functions that `matching_gradient` takes, of a loss (theta, x, y):
-    gradient(theta, x, y) = g = dL/dtheta, which a step of Eq. 8 subtracts alpha_syn times;
+    gradient(theta, x, y) = g = dL/dtheta, of which a step of Eq. 8 subtracts alpha_syn g;
     adjoint(theta, x, y, v) -> (H v, d(g . v)/dx, g . v), with H = dg/dtheta: differentiating the
     scalar g . v, itself a gradient, gives all three; H is never formed."""
     gradient = torch.func.grad(loss)
@@ -477,7 +478,7 @@ def figure1_stage(args, run):
 # ---- Command line ----------------------------------------------------------------------------
 def resolve(dataset, given):
     """All settings for `dataset` as a namespace: the paper's, changed by the rows of the data set
-    and percentage (the nearest, where there is none), changed by `given`."""
+    and percentage (the nearest, where there is none) and of the losses, changed by `given`."""
     known = dataset if dataset in DATASETS else \
         "tinyimagenet" if given.get("image_size", 0) >= 64 else "cifar10"
     percent = given.get("percent", DATASETS[known].get("percent", SETTINGS["percent"][1]))

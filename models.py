@@ -41,7 +41,7 @@ def build(make, seed, *name):
 
 # ---- Encoders --------------------------------------------------------------------------------
 class InstanceNorm(nn.Module):
-    """Instance norm with affine parameters: GroupNorm with one channel a group (section 5).
+    """Instance norm with affine parameters: GroupNorm with one channel a group (the authors' code).
     Written out, because the compiler fuses these operations with their neighbours and
     differentiates them twice; nn.GroupNorm is opaque to both."""
 
@@ -86,7 +86,7 @@ class ResNet(nn.Module):
     """ResNet for small images: the stem is one 3x3 convolution of stride 1, and max-pooling only
     where `max_pool` asks (the teacher of TinyImageNet). `blocks`: how many in each stage.
     features: [B, 8 * width * k^2], the last stage under 4x4 average pooling. k = 1 at 32 pixels:
-              at width 64 the teacher's 512 numbers (A.1); k = 2 at 64, as in the authors' code.
+              at width 64 the teacher's 512 numbers (A.1); k = 2 at 64 without max-pooling.
     forward:  a linear map of the features to `out_dim`; the features where that is None."""
 
     def __init__(self, blocks, out_dim=None, image_size=32, width=64, max_pool=False):
@@ -113,7 +113,7 @@ class ResNet(nn.Module):
 
     def features(self, x):                                       # [B, 3, H, W], normalised
         x = self.pool(F.relu(self.bn(self.conv(x))))
-        x = self.layers(x)                                       # [B, 8 * width, H/8, W/8]
+        x = self.layers(x)                                       # [B, 8 * width, H/8, W/8], or /16
         return F.adaptive_avg_pool2d(x, max(1, x.shape[-1] // 4)).flatten(1)
 
     def forward(self, x):
@@ -183,7 +183,7 @@ SSL = {
 
 # ---- What a student f minimises: the mean of these over images (and dimensions) --------------
 def mse(f, x, y):
-    """L_MSE of Eq. 5 before its mean: [B, d] for images x and the teacher's representations y."""
+    """L_MSE of Eq. 7 before its mean: [B, d] for images x and the teacher's representations y."""
     return (f(x) - y).square()
 
 def cross_entropy(f, x, y):
