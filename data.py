@@ -147,7 +147,7 @@ class Dataset:
     @property
     def labelled(self):
         """Whether every label of both splits is known, so that it can be probed."""
-        return all(len(labels) and int(labels.min()) >= 0
+        return all(len(labels) and labels.min() >= 0
                    for labels in (self.train_labels, self.test_labels))
 
     @property
@@ -233,8 +233,7 @@ def read_npz(path):
 
 def checksum(data):
     """Eight hexadecimal digits that change with a data set's training images."""
-    images = data.train_images.permute(0, 2, 3, 1).contiguous().cpu()
-    return f"{zlib.crc32(images.numpy()):08x}"
+    return f"{zlib.crc32(data.train_images.cpu().numpy().tobytes()):08x}"
 
 def read_representations(path):
     """The array in a .npy or torch file."""
@@ -348,35 +347,36 @@ def dogs(data_dir):
             for split, m in lists.items()}
 
 # ---- shapes: the embedded data set -----------------------------------------------------------
-FORMS = {
-    "disc":      "..###.. .#####. ####### ####### ####### .#####. ..###..",
-    "ring":      "..###.. .#####. ##...## ##...## ##...## .#####. ..###..",
-    "square":    "....... .#####. .#####. .#####. .#####. .#####. .......",
-    "frame":     "####### ####### ##...## ##...## ##...## ####### #######",
-    "triangle":  "...#... ...#... ..###.. ..###.. .#####. .#####. #######",
-    "cross":     "..###.. ..###.. ####### ####### ####### ..###.. ..###..",
-    "star":      "...#... ...#... ####### .#####. ..###.. .##.##. ##...##",
-    "crescent":  "..####. .###... ###.... ###.... ###.... .###... ..####.",
-    "hourglass": "####### .#####. ..###.. ...#... ..###.. .#####. #######",
-    "dumbbell":  "....... ###.### ####### ####### ####### ###.### .......",
-}
+def forms(x, y):
+    """Signed distances of points x, y to ten forms about 0, in radii."""
+    r, u, v = np.hypot(x, y), abs(x), abs(y)
+    third, fifth = (np.arctan2(y, x) % (2 * np.pi / k) - np.pi / k for k in (3, 5))  # of a turn
+    return [r - 0.85,                                                             # disc
+            abs(r - 0.75) - 0.2,                                                  # ring
+            np.maximum(u, v) - 0.75,                                              # square
+            abs(np.maximum(u, v) - 0.68) - 0.18,                                  # frame
+            r * np.cos(third) - 0.5,                                              # triangle
+            np.minimum(np.maximum(u - 0.27, v - 0.95), np.maximum(u - 0.95, v - 0.27)),  # cross
+            r - 0.42 - 0.58 * abs(fifth * 5 / np.pi) ** 1.5,                      # star
+            np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y)),                    # crescent
+            np.maximum(v - 0.85, u - 0.9 * v - 0.08),                             # hourglass
+            np.minimum(np.hypot(u - 0.62, y) - 0.4, np.maximum(u - 0.6, v - 0.14))]  # dumbbell
 
 def draw_shapes(n, size, rng):
-    """(uint8 [n, size, size, 3], labels [n]): one of FORMS an image, in equal numbers.
+    """(uint8 [n, size, size, 3], labels [n]): one of ten forms an image, in equal numbers.
     Position, size, rotation, colours and noise are random and independent of the form, so that
     neither brightness nor any single pixel gives it away."""
-    labels = rng.permutation(np.arange(n) % len(FORMS))
-    bitmaps = torch.tensor([[[c == "#" for c in row] for row in form.split()]
-                            for form in FORMS.values()], dtype=torch.float64)      # [10, 7, 7]
-    radius, angle = rng.uniform(0.56, 0.8, n), rng.uniform(0, 2 * np.pi, n)
-    right, down = rng.uniform(-0.2, 0.2, (2, n)) / radius
-    cos, sin = np.cos(angle) / radius, np.sin(angle) / radius
-    to_bitmap = torch.from_numpy(np.array([[cos, sin, right], [-sin, cos, down]])).permute(2, 0, 1)
-    grid = F.affine_grid(to_bitmap, [n, 1, size, size], align_corners=False)
-    cover = F.grid_sample(bitmaps[labels][:, None], grid, align_corners=False)    # [n, 1, H, H]
-    cover = (2 * cover - 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()             # sharper edges
+    labels = rng.permutation(np.arange(n) % 10)
+    radius = rng.uniform(0.28, 0.4, (n, 1, 1)) * size
+    centre = rng.uniform(0.4, 0.6, (2, n, 1, 1)) * size
+    turn = rng.uniform(0, 2 * np.pi, (n, 1, 1))
+    dx, dy = (np.mgrid[:size, :size][:, None] + 0.5 - centre) / radius         # [n, size, size]
+    x, y = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
+    distance = np.choose(labels[:, None, None], forms(x, y)) * radius          # in pixels
+    cover = np.clip(0.5 - distance, 0, 1)[..., None]                           # antialiased
+    hues = rng.normal(0, 0.06, (2, n, 1, 1, 3))
     contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
-    ground, ink = rng.normal(0.5, 0.06, (2, n, 1, 1, 3)) + np.stack([-contrast, contrast])
+    ground, ink = 0.5 + hues - hues.mean(axis=-1, keepdims=True) + [-contrast, contrast]
     images = ground + cover * (ink - ground) + rng.normal(0, 0.06, (n, size, size, 3))
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8), labels
 

@@ -123,6 +123,8 @@ def loss_per_image(f, thetas, data, z, objective):
 
 def highest(losses, count):
     """Indices of the `count` largest of losses [n], the largest first, ties to the lower index."""
+    if losses is None:
+        raise InputError("high_loss needs a teacher, which only matching representations has")
     return losses.cpu().sort(descending=True, stable=True).indices[:count]
 
 # ---- Judging an encoder: linear probe (Eq. 3), fine-tuning (Table 10) ---------------------------
@@ -292,15 +294,15 @@ def make_rival(r, kind, iterations, path):
         x = shift_and_flip(real[batch].float() / 255, stream(*draw).initial_seed())
         x = r.data.normalize(x)
         return x, encode(f_T.features, x)
-    checkpoint, make = f"{path}.checkpoint", r.make
+    checkpoint = f"{path}.checkpoint"
     if kind == "krr_st":
-        state = krr_state(make, images, r.rows[chosen], iterations, 0)
+        state = krr_state(r.make, images, r.rows[chosen], iterations, 0)
         lr = 1e-5 if r.data.name == "tinyimagenet" else 1e-4
-        begin = functools.partial(krr_st, state, make, augmented, iterations, lr)
+        begin = functools.partial(krr_st, state, r.make, augmented, iterations, lr)
     else:
         optimizer = torch.optim.SGD([images.requires_grad_()], 1.0, momentum=0.5)
         state = argparse.Namespace(images=images, optimizer=optimizer)
-        begin = functools.partial(dm, state, make, r.data, r.s, r.data.classes, iterations)
+        begin = functools.partial(dm, state, r.make, r.data, r.s, r.data.classes, iterations)
     loop = begin(seed=0, first=restore(checkpoint, **vars(state)))
     exhaust(follow(kind, loop, iterations, r.log, checkpoint, **vars(state)))
     targets = state.targets if kind == "krr_st" else encode(f_T.features, state.images)
@@ -334,10 +336,8 @@ def pretraining_set(r, name, seed):
         chosen = torch.arange(len(real))
         if kind == "random":
             chosen = torch.randperm(len(real), generator=stream(seed, "random subset"))[:n]
-        elif kind == "high_loss" and "losses" not in r.init:
-            raise InputError("high_loss needs a teacher, which a run by its representations has")
         elif kind == "high_loss":
-            chosen = highest(r.init["losses"], n)
+            chosen = highest(r.init.get("losses"), n)
         elif kind == "subset":
             chosen = read_indices(argument, len(real))
         images, y = real[chosen], None if r.rows is None else r.rows[chosen]
@@ -364,9 +364,9 @@ class IndexUnpickler(pickle.Unpickler):
     """Unpickles lists, dicts, numbers and numpy arrays, and refuses everything else."""
 
     def find_class(self, module, name):
-        if (module.split(".")[0], name) not in {
-                *itertools.product(["numpy"], ["ndarray", "dtype", "scalar", "_reconstruct",
-                                               "_frombuffer"]), ("_codecs", "encode")}:
+        if module.split(".")[0] + "." + name not in (
+                "numpy.ndarray numpy.dtype numpy.scalar numpy._reconstruct numpy._frombuffer "
+                "_codecs.encode".split()):
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
@@ -558,7 +558,7 @@ def tables(r, lines):
     for how in dict.fromkeys(x["how"] for x in lines):
         of = [x for x in lines if x["how"] == how]
         tasks = list(dict.fromkeys(x["task"] for x in of))
-        columns = itertools.chain(*([task, *minus] for task in tasks))
+        columns = [column for task in tasks for column in (task, *minus)]
         head = ["Labels", "Pre-training set", "Rate", "Seeds", *columns, "MSE"]
         text += [f"## {r.data.name}, {r.s.percent:g}% distilled: {how}", "",
                  "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

@@ -250,8 +250,6 @@ def init_stage(run):
         f = functional(student_of(s, d, data.image_size)())
         thetas = (load(expert_file(run, i), mmap=True)[1].to(s.device) for i in range(s.experts))
         losses = loss_per_image(f, thetas, data, rows, OBJECTIVES[s.objective][0])
-    elif s.init == "high_loss":
-        raise InputError(f"--objective {s.objective} has no teacher for --init high_loss")
     images, targets = STARTS[s.init](data, rows, losses, run.size, stream(s.seed, "init"))
     saved = {"images": images, "targets": targets, "losses": losses}
     save(path, {k: v.cpu().contiguous() for k, v in saved.items() if v is not None})
@@ -352,7 +350,7 @@ def bound(grad_images, grad_lr, lr, s):
     scale = (s.clip / rms).clamp(max=1)
     most = s.clip * lr / s.syn_lr_lr
     return (grad_images * scale[:, None, None, None], grad_lr.clamp(-most, most),
-            (scale < 1).sum().to(lr))
+            (scale < 1).sum())
 
 def distill_stage(run):
     """SET/distilled.pt, its snapshots every 1,000 iterations, and pictures."""
@@ -406,13 +404,10 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 
 # ---- Pictures --------------------------------------------------------------------------------
 def draw_results(run, before, after):
-    """distilled.png: rows of images as they began, each above the same distilled; curves.png."""
-    shown = 20 if len(before) >= 20 else 10                              # whole rows
-    pairs = zip(before[:shown].split(10), after[:shown].split(10))
-    rows = torch.cat([row for pair in pairs for row in pair])
-    tiles = run.data.denormalize(rows)
-    zoomed = torch.nn.functional.interpolate(tiles.clamp(0, 1), scale_factor=3)
-    grid = make_grid(zoomed, nrow=min(10, len(before)), pad_value=1)
+    """distilled.png: ten images as they began, above the same distilled; curves.png."""
+    tiles = run.data.denormalize(torch.cat([before[:10], after[:10]])).clamp(0, 1)
+    zoomed = torch.nn.functional.interpolate(tiles, scale_factor=3)
+    grid = make_grid(zoomed, nrow=len(before[:10]), pad_value=1)
     write_file(run.set_dir / "distilled.png", lambda file: save_image(grid, file, format="png"))
     draw_plot(run.set_dir / "curves.png", "iteration",
               {name: {name: logged(run, name)} for name in ("loss", "lr", "moved")})
@@ -512,8 +507,7 @@ def open_run(args, given, **changed):
     s.changed = [k for k in SETTINGS if k not in FREE and getattr(s, k) != getattr(papers, k)]
     data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
     size = share(len(data.train_images), s.percent, "--percent")
-    system = "" if s.objective == "mse" else f"_{s.objective}"
-    run_dir = Path(s.run_dir or f"runs/{data.name}{system}")
+    run_dir = Path(s.run_dir or f"runs/{data.name}")
     set_dir = run_dir / (s.name or f"{s.percent:g}pct_{s.init}")
     log = Log(set_dir / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
     return argparse.Namespace(s=s, data=data, run_dir=run_dir, set_dir=set_dir, log=log, size=size)
@@ -570,10 +564,9 @@ def parse(argv):
     groups = {of: parser.add_argument_group(f"settings of {of or 'length'}")
               for of, *_ in SETTINGS.values()}
     for name, (of, default, text) in SETTINGS.items():
-        shown = f"{default:.4g}" if isinstance(default, float) else default
         groups[of].add_argument(f"--{name.replace('_', '-')}", type=type(default),
                                 metavar=type(default).__name__.upper(),
-                                default=argparse.SUPPRESS, help=f"{text} (default: {shown})")
+                                default=argparse.SUPPRESS, help=f"{text} (default: {default})")
     args = parser.parse_args(argv)
     args.given = {k: v for k, v in vars(args).items() if k in SETTINGS}
     return args

@@ -128,7 +128,7 @@ ENCODERS = {"convnet": ConvNet,
 def encoder(name, out_dim, image_size):
     """A freshly built encoder of ENCODERS; `name` may end in a width, as in resnet18:16."""
     kind, _, width = name.partition(":")
-    if kind not in ENCODERS or not (width or "1").isdecimal() or width == "0":
+    if kind not in ENCODERS or not (width or "1").isdecimal():
         raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a "
                          "width if you like, as in resnet18:16")
     return ENCODERS[kind](out_dim, image_size, *([int(width)] if width else []))
@@ -276,7 +276,7 @@ def compiled(f, on=True):
 
 def first_line(error):
     """The first line of an exception's message, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 # ---- Devices and processes: alone, or one of the ranks that torchrun starts ------------------
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))

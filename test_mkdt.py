@@ -1300,7 +1300,7 @@ def test_bad_flags_are_one_clear_line(copied, capsys):
                         (["--expert-lr", "-1"], "--expert-lr -1.0 must be"),
                         (["--iterations", "0"], "at least 1"), (["--device", "tpu"], "--device tpu"),
                         (["--max-start-epoch", "5"], "beyond the experts' last epoch"),
-                        (["--objective", "ce", "--run-dir", str(copied / "ce")], "no teacher"),
+                        (["--objective", "ce", "--run-dir", str(copied / "ce")], "needs a teacher"),
                         (["--run-dir", str(copied / "run/teacher.pt")], "cannot")):
         assert told in refused(capsys, run, *at(copied), *TINY, *flags), flags
     for flags, told in ((["--sets", "moco"], "unknown set 'moco'"),
