@@ -84,10 +84,9 @@ class Log:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
 def follow(stage, loop, total, log, path=None, **state):
-    """Yields what `loop` yields, (step, {name: value}); logs it, and saves `state` (see `restore`)
-    in the file `path`, when that is due.
-    Only then are values read from the device: means since the last line. Raises Diverged where
-    one is not finite, or a learned rate "lr" not positive: no such state is ever saved."""
+    """Yields what `loop` yields, (step, {name: value}); when due, logs it and saves `state` (see
+    `restore`) in the file `path`. Only then are values read from the device: means since the last
+    line. Raises Diverged where one is not finite, or a learned rate "lr" not positive."""
     recent, began, saved = [], time.monotonic(), time.monotonic()
     for done, (step, values) in enumerate(loop, 1):
         yield step, values                     # the caller may take a snapshot first
@@ -230,10 +229,6 @@ def read_npz(path):
                              f"{y.dtype} {list(y.shape)}")
         checked.update({f"{split}_images": x, f"{split}_labels": y.astype(np.int64)})
     return checked
-
-def checksum(data):
-    """Eight hexadecimal digits that change with a data set's training images."""
-    return f"{zlib.crc32(data.train_images.cpu().numpy().tobytes()):08x}"
 
 def read_representations(path):
     """The array in a .npy or torch file."""
@@ -382,7 +377,7 @@ def draw_shapes(n, size, rng):
 
 def shapes(data_dir):
     """The items of `shapes`."""
-    pairs = list(zip(*draw_shapes(5000, 32, np.random.default_rng(0))))
+    pairs = list(zip(*draw_shapes(8000, 32, np.random.default_rng(0))))
     return {"train": pairs[:4000], "test": pairs[4000:]}
 
 CIFAR = dict(pairs=lambda d: zip(d.data, d.targets), download=True,
@@ -407,8 +402,7 @@ def random_crops(n, size, scale, rng):
     A box covers a share of the image drawn from `scale` at an aspect ratio from [3/4, 4/3],
     uniform in the logarithm; the first of ten draws that fits, the whole image if none does."""
     area = torch.empty(n, 10, device=rng.device).uniform_(*scale, generator=rng) * size * size
-    ratio = torch.empty(n, 10, device=rng.device)
-    ratio = ratio.uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).exp()
+    ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).exp()
     width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
     fits = (width <= size) & (height <= size) & (width >= 1) & (height >= 1)
     first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)

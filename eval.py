@@ -39,7 +39,6 @@ SETS = {
     "krr_st": (r"|\d+", "KRR-ST's, made here by the teacher, 160000 steps; krr_st:1000: 1000"),
     "dm": (r"|\d+", "DM's without labels, made here likewise, 20000 steps; dm:500: 500"),
     "distilled": (".+", "distilled:PATH: a set of this project, the authors' or KRR-ST's code"),
-    "raw": (".+", "raw:PATH: such a set in pixels from 0 to 1, which are normalised first"),
     "mkdt": (r"|\d+", "the run's distilled set; mkdt:1000: its snapshot after 1000 iterations"),
     "full": ("", "all training images"),
 }
@@ -285,7 +284,9 @@ def make_rival(r, kind, iterations, path):
     """Distils a rival's set into `path`: {"images", "targets"}.
     KRR-ST's real images are cropped and mirrored, their targets the teacher's of what comes out;
     DM's images get the teacher's targets in the end."""
-    f_T, real, n = read_teacher(r), r.data.train_images, len(r.mkdt["images"])
+    f_T, real, n = teacher_of(r.s, r.data.image_size), r.data.train_images, len(r.mkdt["images"])
+    f_T.load_state_dict(load(r.dir.parent / "teacher.pt"))
+    f_T.to(r.s.device).eval()
     chosen = torch.randperm(len(real), generator=stream(0, kind, "images"))[:n]
     images = r.data.normalize(real[chosen])
 
@@ -293,7 +294,7 @@ def make_rival(r, kind, iterations, path):
         batch = torch.randint(len(real), (1024,), generator=rng)
         x = shift_and_flip(real[batch].float() / 255, stream(*draw).initial_seed())
         x = r.data.normalize(x)
-        return x, encode(f_T.features, x)
+        return x, encode(f_T, x)
     checkpoint = f"{path}.checkpoint"
     if kind == "krr_st":
         state = krr_state(r.make, images, r.rows[chosen], iterations, 0)
@@ -305,14 +306,8 @@ def make_rival(r, kind, iterations, path):
         begin = functools.partial(dm, state, r.make, r.data, r.s, r.data.classes, iterations)
     loop = begin(seed=0, first=restore(checkpoint, **vars(state)))
     exhaust(follow(kind, loop, iterations, r.log, checkpoint, **vars(state)))
-    targets = state.targets if kind == "krr_st" else encode(f_T.features, state.images)
+    targets = state.targets if kind == "krr_st" else encode(f_T, state.images)
     save(path, {"images": state.images.detach().cpu(), "targets": targets.detach().cpu()})
-
-def read_teacher(r):
-    """The teacher of a run in eval mode. Raises InputError if it was not trained here."""
-    f_T = ENCODERS["resnet18"](None, r.data.image_size, r.s.teacher_width, bool(r.s.max_pool))
-    f_T.load_state_dict(load(r.dir.parent / "teacher.pt"))
-    return f_T.to(r.s.device).eval()
 
 # ---- The sets to pre-train on --------------------------------------------------------------------
 def parse_set(name):
@@ -344,7 +339,7 @@ def pretraining_set(r, name, seed):
         lr = 1e-3 if kind == "random" and argument else lr
     else:
         images, y, own = read_distilled(made_file(r, kind, argument))
-        images, lr = r.data.normalize(images) if kind == "raw" else images, own or lr
+        lr = own or lr
     lr = r.mkdt["lr"] if rate == "mkdt" else float(rate or lr)
     return images.to(real.device), None if y is None else y.to(real.device), lr
 
@@ -502,6 +497,13 @@ def keys_of(s, tasks, kind, seed, name):
     """The KEYs of one pre-training, in the order of `cells`."""
     return [(name, f"{kind}, {s.how}", task, f"{percent:g}", str(seed))
             for task in tasks for percent in s.labels]
+
+def teacher_of(s, image_size):
+    """The ResNet-18 of the settings, a function of images to representations [B, d]."""
+    f_T = ENCODERS["resnet18"](None, image_size, s.teacher_width, s.max_pool)
+    if s.standardize:
+        f_T.head = torch.nn.BatchNorm1d(f_T.feature_dim, affine=False)
+    return f_T
 
 def student_name(s):
     """The student of the settings, as `encoder` knows it."""
@@ -713,6 +715,12 @@ def paper_value(r, name, how, task, labels):
     return f" ({value})" if value else ""
 
 # ---- Command line --------------------------------------------------------------------------------
+def add_common(add):
+    """The flags that mkdt.py has as well."""
+    add("--data-dir", default="data", help="where data sets are kept (default: data)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
+
 def parse(argv):
     """The arguments of a command line."""
     sets = "\n".join(f"    {name:<12}{what}" for name, (_, what) in SETS.items())
@@ -737,9 +745,7 @@ def parse(argv):
         help="add paired differences to SET, with standard errors (if none is named: random)")
     add("--epochs", type=int, default=0,
         help="of pre-training (default: 0, the run's own; finetune: 1000)")
-    add("--data-dir", default="data", help="where data sets are kept (default: data)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
+    add_common(add)
     return parser.parse_args(argv)
 
 def main(argv=None):

@@ -22,17 +22,18 @@ import hashlib
 import itertools
 import json
 import math
+import zlib
 from pathlib import Path
 
 import torch
 from torchvision.utils import make_grid, save_image
 
 import eval as evaluation
-from data import (Diverged, Log, check_representations, checksum, follow, load, load_dataset,
+from data import (Diverged, Log, check_representations, follow, load, load_dataset,
                   read_representations, restore, save, save_text, share, write_file)
 from eval import (can_compile, examples_of, highest, linear_scores, loss_per_image, project,
                   read_results, read_targets, student, student_name, student_of, targets_of,
-                  write_results)
+                  teacher_of, write_results)
 from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
                     command_line, compiled, encode, exhaust, flat_parameters, functional,
                     rows_of_all_ranks, start, stream, sum_over_ranks, train)
@@ -53,6 +54,7 @@ SETTINGS = {
     "crop_scale": ("teacher", 0.08, "smallest share of an image's area that a random crop keeps"),
     "gray": ("teacher", 0.2, "probability that a view is made grey"),
     "max_pool": ("teacher", 0, "1: the teacher's stem ends in max-pooling (TinyImageNet)"),
+    "standardize": ("teacher", 0, "1: the teacher ends in batch norm: all of Z_T counts alike"),
     "bf16": ("teacher", "auto", "the teacher in bfloat16: on, off, or auto: on a GPU"),
     "objective": ("experts", "mse", f"what students minimise: {', '.join(OBJECTIVES)}"),
     "student": ("experts", "convnet", "the student, a name in models.ENCODERS"),
@@ -86,9 +88,9 @@ DATASETS = {
     "cifar10": {}, "cifar100": {},
     "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1, expert_epochs=4),
     "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=64, teacher_lr=6e-3,
-                   crop_scale=0.6, gray=1.0, max_pool=1, width=16, experts=24, expert_epochs=3,
-                   expert_lr=0.05, expert_batch=64, percent=1.0, init="random", syn_batch=40,
-                   syn_lr=0.25, syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
+                   crop_scale=0.6, gray=1.0, max_pool=1, standardize=1, width=16, experts=24,
+                   expert_epochs=3, expert_lr=0.05, expert_batch=64, percent=1.0, init="random",
+                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
 ROW = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
 ROWS = {                                   # N, M, T+, pixel_lr
@@ -113,9 +115,8 @@ BY_LOSS = {
 
 # ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) -------------------------------------------
 def train_teacher(network, optimizer, data, s, first=0):
-    """Trains `network`, an encoder and its projection head, by self-supervision (Eq. 6).
-    The loss is float32. Ranks share each batch; the loss is of the rows of all. Yields as
-    `train`."""
+    """Trains `network`, an encoder and its projection head, by self-supervision (Eq. 6). Ranks
+    share each batch; the loss, in float32, is of the rows of all. Yields as `train`."""
     n, size, (loss_of, _, schedule) = len(data.train_images), batch_of(data, s), SSL[s.ssl]
     bf16 = s.bf16 == "on" or s.bf16 == "auto" and s.device.type == "cuda"
 
@@ -147,8 +148,7 @@ def teacher_stage(run):
         z = read_representations(s.representations)
         check_representations(z, len(data.train_images), s.representations)
         return save(path, z)
-    f_T = build(lambda: ENCODERS["resnet18"](None, data.image_size, s.teacher_width,
-                                             bool(s.max_pool)), s.seed, "teacher")
+    f_T = build(lambda: teacher_of(s, data.image_size), s.seed, "teacher")
     head = build(lambda: SSL[s.ssl][1](f_T.feature_dim), s.seed, "projector")
     model = torch.nn.Sequential(f_T, head).to(s.device).to(memory_format=torch.channels_last)
     if RANKS > 1 and s.device.type == "cuda":                      # torch has it for GPUs only
@@ -161,14 +161,14 @@ def teacher_stage(run):
     loop = train_teacher(network, optimizer, data, s, restore(checkpoint, **state))
     steps = s.teacher_epochs * (len(data.train_images) // batch_of(data, s))
     for step, _ in follow("teacher", loop, steps, run.log, checkpoint, **state):
-        if data.labelled and step % max(1, steps // 10) == 0 and RANK == 0:
+        if data.labelled and step % max(1, steps // 5) == 0 and RANK == 0:
             model.eval()
             with contextlib.suppress(ValueError):                  # too few labels
                 probe, = linear_scores(model[0], data, [5], s.seed)
                 run.log("teacher", step, steps, probe=probe)
             model.train()
     model.eval()
-    z, z_test = (encode(model[0].features, images, data.normalize).cpu()
+    z, z_test = (encode(model[0], images, data.normalize).cpu()
                  for images in (data.train_images, data.test_images))
     check_representations(z, len(z), "the teacher (lower --teacher-lr, in another --run-dir)")
     if RANK == 0:
@@ -251,8 +251,11 @@ def init_stage(run):
         thetas = (load(expert_file(run, i), mmap=True)[1].to(s.device) for i in range(s.experts))
         losses = loss_per_image(f, thetas, data, rows, OBJECTIVES[s.objective][0])
     images, targets = STARTS[s.init](data, rows, losses, run.size, stream(s.seed, "init"))
-    saved = {"images": images, "targets": targets, "losses": losses}
-    save(path, {k: v.cpu().contiguous() for k, v in saved.items() if v is not None})
+    save(path, present(images=images, targets=targets, losses=losses))
+
+def present(**tensors):
+    """Those that are not None, on the CPU."""
+    return {k: v.cpu().contiguous() for k, v in tensors.items() if v is not None}
 
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) --------------------------------
 def new_syn(images, s):
@@ -369,9 +372,8 @@ def distill_stage(run):
     loop = distill(gradient, adjoint, experts, syn, targets_of(s, data, targets), s, first)
 
     def keep(path, iterations):
-        kept = {"images": syn.images, "targets": targets, "mean": data.mean.flatten(),
-                "std": data.std.flatten()}
-        kept = {k: v.cpu().contiguous() for k, v in kept.items() if v is not None}
+        kept = present(images=syn.images, targets=targets, mean=data.mean.flatten(),
+                       std=data.std.flatten())
         save(path, {**kept, "lr": syn.lr.item(), "iterations": iterations})
 
     for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **vars(syn)):
@@ -388,14 +390,12 @@ def distill_stage(run):
 
 # ---- 5. Evaluation (section 5; eval.py) ------------------------------------------------------
 def eval_stage(run):
-    """SET/results.csv and results.md: the distilled set beside its baselines (but for the full
-    data, which takes longest: eval.py --sets full)."""
+    """SET/results.csv, results.md: the distilled set and its baselines but for the full data."""
     if not run.data.labelled:
         return print(f"eval: {run.data.name} has no labels in both splits; to probe on another:\n"
                      f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
-    flags = ["--run-dir", str(run.set_dir), "--paired", "mkdt", "--data-dir", str(run.s.data_dir)]
-    args = evaluation.parse(flags + ["--no-compile"] * (not run.s.compile))
-    args.device = run.s.device
+    args = evaluation.parse(["--run-dir", str(run.set_dir), "--paired", "mkdt"])
+    args.data_dir, args.device, args.compile = run.s.data_dir, run.s.device, run.s.compile
     print(f"\n{evaluation.evaluate(args)}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
 
@@ -515,7 +515,8 @@ def open_run(args, given, **changed):
 def claim(run, stage):
     """Keeps in config.json what `stage` is made with, and whether all of it is the paper's. Raises
     InputError if it, or a stage before it, was made with something else; says if by other code."""
-    made = {"dataset": run.s.dataset, "images": checksum(run.data), "seed": run.s.seed,
+    images = run.data.train_images.cpu().numpy().tobytes()
+    made = {"dataset": run.s.dataset, "images": zlib.crc32(images), "seed": run.s.seed,
             "ranks": RANKS}
     sources = [Path(__file__).with_name(name).read_bytes()
                for name in ("models.py", "data.py", "eval.py", "mkdt.py")]
@@ -553,9 +554,7 @@ def parse(argv):
     add("--stage", choices=[*STAGES, "all", "figure1"], default="all", help="(default: all)")
     add("--dataset", default="cifar10", help=f"{', '.join(DATASETS)}, a task of eval.py, a folder "
         "with train/ and test/ inside, or an .npz (default: cifar10)")
-    add("--data-dir", default="data", help="where data sets are kept (default: data)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--no-compile", dest="compile", action="store_false", help="leave torch.compile alone")
+    evaluation.add_common(add)
     add("--run-dir", help="where results go (default: runs/DATASET)")
     add("--name", help="folder of the distilled set in it (default: 2pct_high_loss, ...)")
     add("--seed", type=int, default=0, help="fixes every random draw (default: 0)")

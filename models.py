@@ -8,6 +8,7 @@
 
 To try an idea, write a function or a class and add a line to the dict of its kind."""
 import contextlib
+import ctypes
 import datetime
 import functools
 import hashlib
@@ -195,11 +196,8 @@ def simclr(f, x, y):
     return nt_xent_loss(*(f(augment(x)) for augment in y))
 
 # Name of --objective: the loss, and what y is.
-OBJECTIVES = {
-    "mse": (mse, "representations"),
-    "ce": (cross_entropy, "labels"),
-    "ssl": (simclr, "views"),
-}
+OBJECTIVES = {"mse": (mse, "representations"), "ce": (cross_entropy, "labels"),
+              "ssl": (simclr, "views")}
 
 # ---- A network as a function of one flat vector ----------------------------------------------
 def flat_parameters(model):
@@ -294,10 +292,20 @@ def start(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True                  # shapes are few
+    else:
+        keep_freed_memory()
     if RANKS > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=7))      # while rank 0 works
     return device
+
+def keep_freed_memory():
+    """Has glibc keep freed blocks for the next step. By itself it gives large ones back to the
+    kernel, which clears their pages anew: half of an expert's time at width 32."""
+    with contextlib.suppress(AttributeError, TypeError):           # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)                                     # M_TRIM_THRESHOLD: do not trim
+        mallopt(-4, 0)                                             # M_MMAP_MAX: no separate blocks
 
 @contextlib.contextmanager
 def command_line(script):
