@@ -1000,8 +1000,15 @@ TINY = ("--dataset shapes --train-images 200 --teacher-width 8 --teacher-epochs 
 SET = "5pct_high_loss"
 
 
-def at(root):
-    return ["--data-dir", str(root / "data"), "--run-dir", str(root / "run")]
+def at(root, to="run"):
+    """Where a run lies, and its data: `shapes` with few test images, which each probe encodes."""
+    path = root / "data/shapes.npz"
+    if not path.exists():
+        images, labels = data.draw_shapes(400, 32, np.random.default_rng(0))
+        path.parent.mkdir(parents=True)
+        np.savez(path, train_images=images[:300], train_labels=labels[:300],
+                 test_images=images[300:], test_labels=labels[300:])
+    return ["--data-dir", str(root / "data"), "--run-dir", str(root / to)]
 
 
 def run(*arguments):
@@ -1106,7 +1113,7 @@ def test_more_iterations_and_seeds_extend(copied, capsys):
     run(*at(copied), *TINY, "--iterations", "4", "--stage", "distill")
     assert "resuming from" in capsys.readouterr().out
     assert not any("mkdt" in x["set"] for x in lines(copied)) and len(lines(copied)) == 2 * 3 * 4
-    run("--data-dir", copied / "data", "--run-dir", copied / "fresh", *TINY, "--iterations", "4")
+    run(*at(copied, "fresh"), *TINY, "--iterations", "4")
     one, other = (data.load(copied / f / SET / "distilled.pt") for f in ("run", "fresh"))
     assert torch.equal(one["images"], other["images"]) and one["lr"] == other["lr"]
     judge(copied, "--sets", "random", "mkdt", "--seeds", 0)
@@ -1144,8 +1151,7 @@ def test_representations_of_another_model(tmp_path, capsys):
     for bad, told in ((z[:100], "must be [200, d]"), (z * np.nan, "not all alike"),
                       (np.ones_like(z), "not all alike")):
         np.save(tmp_path / "bad.npy", bad)
-        flags = [*TINY, "--representations", str(tmp_path / "bad.npy"), "--data-dir",
-                 str(tmp_path / "data"), "--run-dir", str(tmp_path / "other")]
+        flags = *at(tmp_path, "other"), *TINY, "--representations", tmp_path / "bad.npy"
         assert told in refused(capsys, run, *flags)
         shutil.rmtree(tmp_path / "other")
 
@@ -1286,11 +1292,10 @@ def test_one_place_to_change(tmp_path, monkeypatch, capsys):
             d.update(kept)
     for flag, value in (("--ssl", "moco"), ("--objective", "l1"), ("--init", "best"),
                         ("--student", "vit")):
-        where = "--data-dir", tmp_path / "data", "--run-dir", tmp_path / value
         z = "--representations", tmp_path / "run/representations.pt"
-        assert value in refused(capsys, run, *where, *TINY, *z, flag, value)
-    flags = "--data-dir", tmp_path / "data", "--run-dir", tmp_path / "bn", *TINY
-    assert "batch norm" in refused(capsys, run, *flags, "--student", "resnet10", "--width", "8")
+        assert value in refused(capsys, run, *at(tmp_path, value), *TINY, *z, flag, value)
+    flags = "--student", "resnet10", "--width", "8"
+    assert "batch norm" in refused(capsys, run, *at(tmp_path, "bn"), *TINY, *flags)
 
 
 # ---- Trust -------------------------------------------------------------------------------------
@@ -1414,10 +1419,8 @@ def test_two_ranks_make_a_run_and_its_experts_are_those_of_one(tmp_path):
     assert (tmp_path / "run" / SET / "results_1.csv").exists()
     z = tmp_path / "run/representations.pt"
     torch.set_num_threads(1)                        # as the ranks have: threads change the rounding
-    run("--data-dir", tmp_path / "data", "--run-dir", tmp_path / "one", *TINY, "--stage", "teacher",
-        "--representations", z)
-    run("--data-dir", tmp_path / "data", "--run-dir", tmp_path / "one", *TINY, "--stage", "experts",
-        "--representations", z)
+    for stage in ("teacher", "experts"):
+        run(*at(tmp_path, "one"), *TINY, "--stage", stage, "--representations", z)
     torch.set_num_threads(2)
     for name in ("experts/expert_000.pt", "experts/expert_001.pt"):
         one, other = (data.load(tmp_path / f / name) for f in ("run", "one"))
