@@ -87,10 +87,10 @@ SETTINGS = {
 DATASETS = {
     "cifar10": {}, "cifar100": {},
     "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1, expert_epochs=4),
-    "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=64, teacher_lr=6e-3,
-                   crop_scale=0.6, gray=1.0, max_pool=1, standardize=1, width=16, experts=24,
-                   expert_epochs=3, expert_lr=0.05, expert_batch=64, percent=1.0, init="random",
-                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
+    "shapes": dict(teacher_width=16, teacher_epochs=8, teacher_batch=64, teacher_lr=6e-3,
+                   crop_scale=0.6, gray=1.0, max_pool=1, standardize=1, width=16, experts=20,
+                   expert_epochs=3, expert_lr=0.05, expert_batch=40, percent=1.0, init="random",
+                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, iterations=60, pretrain_epochs=160),
 }
 ROW = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
 ROWS = {                                   # N, M, T+, pixel_lr
@@ -161,7 +161,7 @@ def teacher_stage(run):
     loop = train_teacher(network, optimizer, data, s, restore(checkpoint, **state))
     steps = s.teacher_epochs * (len(data.train_images) // batch_of(data, s))
     for step, _ in follow("teacher", loop, steps, run.log, checkpoint, **state):
-        if data.labelled and step % max(1, steps // 5) == 0 and RANK == 0:
+        if data.labelled and step % max(1, steps // 3) == 0 and RANK == 0:
             model.eval()
             with contextlib.suppress(ValueError):                  # too few labels
                 probe, = linear_scores(model[0], data, [5], s.seed)
