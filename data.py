@@ -6,8 +6,7 @@ files that are whole or absent, checkpoints and progress.
     follow            wraps a training loop: progress, refusal of NaN, checkpoints
 
 Every data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images
-[N, H, H, 3] and int64 train_labels, test_labels [N]. Put such a file there and nothing is
-downloaded."""
+[N, H, H, 3] and int64 train_labels, test_labels [N]. Where it lies, nothing is downloaded."""
 import json
 import math
 import os
@@ -40,7 +39,8 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of both
-        beside.unlink(missing_ok=True) if path.parent.is_dir() else None
+        if beside.exists():
+            beside.unlink()
         raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 def save(path, value):
@@ -129,8 +129,7 @@ STATISTICS = {
 
 @dataclass
 class Dataset:
-    """Images uint8 [N, 3, H, H] (channels last in memory), labels int64 [N] (-1: unknown); mean
-    and std [3, 1, 1] of pixels in [0, 1]."""
+    """Images uint8 [N, 3, H, H], labels int64 [N] (-1: unknown), pixels' mean, std [3, 1, 1]."""
     name: str
     train_images: torch.Tensor
     train_labels: torch.Tensor

@@ -53,8 +53,8 @@ class InstanceNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x):                                                      # [B, C, H, W]
-        x = x - x.mean(dim=(2, 3), keepdim=True)
-        var = x.square().mean(dim=(2, 3), keepdim=True)                        # [B, C, 1, 1]
+        x = x - x.mean((2, 3), keepdim=True)
+        var = x.square().mean((2, 3), keepdim=True)                            # [B, C, 1, 1]
         scale = torch.rsqrt(var + self.eps) * self.weight[:, None, None]
         return x * scale + self.bias[:, None, None]
 
