@@ -179,7 +179,7 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
         else:
             raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a "
                              "folder with train/ (and test/) inside, or an .npz file")
-        side = 64 if name == "tinyimagenet" else 32
+        side = {"tinyimagenet": 64, "shapes": 24}.get(name, 32)
         size = image_size or side
         called = f"{title}{version}" + f"-{size}px" * (size != side)
         arrays = cached(Path(data_dir, f"{called}.npz"), items, size)
@@ -376,7 +376,7 @@ def draw_shapes(n, size, rng):
 
 def shapes(data_dir):
     """The items of `shapes`."""
-    pairs = list(zip(*draw_shapes(8000, 32, np.random.default_rng(0))))
+    pairs = list(zip(*draw_shapes(8000, 24, np.random.default_rng(0))))
     return {"train": pairs[:4000], "test": pairs[4000:]}
 
 CIFAR = dict(pairs=lambda d: zip(d.data, d.targets), download=True,
@@ -495,12 +495,12 @@ def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), gray=0.2):
         return augment
     return draw(), draw()
 
-def shift_and_flip(images, seed, most=4):
-    """Float images [B, C, H, H] in [0, 1], each shifted by up to `most` pixels (black comes in)
+def shift_and_flip(images, seed):
+    """Float images [B, C, H, H] in [0, 1], each shifted by up to four pixels (black comes in)
     and mirrored or not: random crop with padding, and flip. `seed` fixes the draw."""
     rng, (n, _, _, size) = torch.Generator(images.device).manual_seed(seed), images.shape
-    top, left = torch.randint(2 * most + 1, (2, n), device=images.device, generator=rng)
+    top, left = torch.randint(9, (2, n), device=images.device, generator=rng)
     flip = torch.rand(n, device=images.device, generator=rng) < 0.5
     whole = torch.full((n,), size, device=images.device)
-    padded = F.pad(images, [most] * 4)
+    padded = F.pad(images, [4] * 4)
     return resized_crop(padded, (top, left, whole, whole), size, flip)

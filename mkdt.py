@@ -87,10 +87,10 @@ SETTINGS = {
 DATASETS = {
     "cifar10": {}, "cifar100": {},
     "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1, expert_epochs=4),
-    "shapes": dict(teacher_width=16, teacher_epochs=8, teacher_batch=64, teacher_lr=6e-3,
-                   crop_scale=0.6, gray=1.0, max_pool=1, standardize=1, width=16, experts=20,
-                   expert_epochs=3, expert_lr=0.05, expert_batch=40, percent=1.0, init="random",
-                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, iterations=60, pretrain_epochs=160),
+    "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=64, teacher_lr=6e-3,
+                   crop_scale=0.6, gray=1.0, max_pool=1, standardize=1, width=16, experts=24,
+                   expert_epochs=3, expert_lr=0.05, expert_batch=64, percent=1.0, init="random",
+                   syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
 ROW = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
 ROWS = {                                   # N, M, T+, pixel_lr
