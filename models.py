@@ -302,7 +302,7 @@ def start(device):
 
 def keep_freed_memory():
     """Has glibc keep freed blocks for the next step. By itself it gives large ones back to the
-    kernel, which clears their pages anew: half of an expert's time at width 32."""
+    kernel, which clears their pages anew: much of a step's time on a CPU."""
     with contextlib.suppress(AttributeError, TypeError):           # another C library
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-1, 2**31 - 1)                                     # M_TRIM_THRESHOLD: do not trim
