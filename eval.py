@@ -56,14 +56,13 @@ def pretrain(encoder, loss, order, examples, lr, decay, seed):
     return train(lambda batch, step: loss(*examples(batch, (seed, "pretrain views", step))),
                  optimizer, order)
 
-def pretrain_ssl(encoder, images, data, lr, epochs, s, seed):
+def pretrain_ssl(encoder, order, images, data, lr, s, seed):
     """Trains `encoder` by the teacher's self-supervised loss on uint8 `images` alone: appendix
     B's "Random (SSL Pre-training)". Adam, weight decay 1e-6. Yields as `train`."""
     loss_of, projector, _ = SSL[s.ssl]
     head = build(lambda: projector(encoder.head.out_features), seed, "evaluation projector")
     network = torch.nn.Sequential(encoder, head.to(images.device))
     optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=1e-6)
-    order = batches(len(images), s.pretrain_batch, epochs, seed, "pretrain order")
     return train(lambda batch, step: loss_of(*project(
         network, images[batch], data, s, (seed, "pretrain views", step)), s),
         optimizer, (o for o in order if len(o[1]) > 1))                     # batch norm needs two
@@ -165,7 +164,8 @@ def finetune(encoder, task, chosen, seed):
     labelled Dataset, as Lee et al. (2023) do; it maps images to logits.
     SGD at 0.01 with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of 256;
     images are shifted by up to four pixels and mirrored, then normalised."""
-    encoder, images, labels = copy.deepcopy(encoder), task.train_images[chosen], task.train_labels
+    encoder, images = copy.deepcopy(encoder), task.train_images[chosen]
+    labels = task.train_labels[chosen]
     d = encode(encoder.features, images[:1], task.normalize).shape[1]
     head = build(lambda: torch.nn.Linear(d, task.classes), seed, "fine-tuning head")
     encoder.head = torch.nn.Identity()
@@ -176,11 +176,11 @@ def finetune(encoder, task, chosen, seed):
     def loss(batch, step):
         draw = stream(seed, "fine-tuning views", step).initial_seed()
         x = task.normalize(shift_and_flip(images[batch].float() / 255, draw))
-        return F.cross_entropy(network(x), labels[chosen[batch]])
+        return F.cross_entropy(network(x), labels[batch])
 
     def cosine(step):
         return 0.01 * 0.5 * (1 + math.cos(math.pi * step / steps))
-    order = batches(len(images), 256, steps, seed, "fine-tuning order")
+    order = batches(len(images), 256, steps, seed, "fine-tuning order", images.device)
     exhaust(train(loss, optimizer, itertools.islice(order, steps), cosine))
     return network.eval()
 
@@ -532,13 +532,12 @@ def cells(r, name, kind, seed, tasks):
     net, loss = r.students[kind, d, size]
     fresh = build(lambda: encoder(kind, d, size), seed, "evaluation encoder")
     net.train().load_state_dict(fresh.state_dict())
-    if ssl:
-        epochs = int(parse_set(name)[1][4:] or 1000)
-        exhaust(pretrain_ssl(net, images, r.data, lr, epochs, s, seed))
-    elif images is not None:
-        order = batches(len(images), s.pretrain_batch, s.pretrain_epochs, seed, "pretrain order")
+    if images is not None:
+        epochs = int(parse_set(name)[1][4:] or 1000) if ssl else s.pretrain_epochs
+        order = batches(len(images), s.pretrain_batch, epochs, seed, "pretrain order", s.device)
         examples = examples_of(s, r.data, images, y)
-        exhaust(pretrain(net, loss, order, examples, lr, s.pretrain_decay, seed))
+        exhaust(pretrain_ssl(net, order, images, r.data, lr, s, seed) if ssl else
+                pretrain(net, loss, order, examples, lr, s.pretrain_decay, seed))
     if not all(p.isfinite().all() for p in net.parameters()):
         raise ValueError(f"pre-training at rate {lr:.3g} diverged: try {name}@RATE")
     net.eval()

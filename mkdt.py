@@ -129,7 +129,7 @@ def train_teacher(network, optimizer, data, s, first=0):
         z1, z2 = project(f, images, data, s, (s.seed, "teacher views", draw))
         return loss_of(rows_of_all_ranks(z1), rows_of_all_ranks(z2), s)
 
-    order = batches(n, size, s.teacher_epochs, s.seed, "teacher order", drop_last=True)
+    order = batches(n, size, s.teacher_epochs, s.seed, "teacher order", s.device, drop_last=True)
     steps = s.teacher_epochs * (n // size)
     return train(loss, optimizer, itertools.islice(order, first, None),
                  lambda step: schedule(step, steps, n // size, s.teacher_lr))
@@ -211,7 +211,7 @@ def experts_stage(run):
             begin = build(make, s.seed, "expert", 0 if s.same_start else i)
             model.load_state_dict(begin.state_dict())
             seed = stream(s.seed, "expert", i).initial_seed()
-            order = batches(n, s.expert_batch, s.expert_epochs, seed, "expert order")
+            order = batches(n, s.expert_batch, s.expert_epochs, seed, "expert order", s.device)
             thetas, losses = train_expert(model, loss, order, examples, s, seed)
             if not thetas[-1].isfinite().all():
                 raise InputError(f"experts: expert {i} diverged: lower --expert-lr {s.expert_lr}")
@@ -278,7 +278,7 @@ def distill(gradient, adjoint, experts, syn, targets, s, first=0):
         expert = experts[torch.randint(len(experts), (), generator=rng)]                # 6
         t = torch.randint(s.max_start_epoch + 1, (), generator=rng)                     # 7
         theta, target = (expert[i].to(lr.device) for i in (t, t + s.match_epochs))      # 8, 9, 17
-        drawn = draw_batches(len(images), s.syn_steps, s.syn_batch, rng)                # 10 - 12
+        drawn = draw_batches(len(images), s.syn_steps, s.syn_batch, rng, lr.device)     # 10 - 12
         steps = [(b, targets(b, (*draw, n))) for n, b in enumerate(drawn)]
         loss, grad_images, grad_lr = matching_gradient(                                 # 13 - 17
             gradient, adjoint, theta, target, images, lr, steps)
@@ -291,7 +291,7 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate.
 
     theta, target: theta*_t and theta*_{t+M}, [P]; images [n, ...]; lr: alpha_syn; steps: the N
-    pairs (b_n, y_n) of image indices and their rows of Z_syn.
+    pairs (b_n, y_n) of image indices, there too, and their rows of Z_syn.
 
     Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, y_n)
     Backward, v_n = dL_DD / dtheta_n, H_n = dg_n / dtheta_n (adjoint: H v, d(g . v)/dx, g . v):
@@ -312,7 +312,7 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
     for theta_n, (batch, y) in zip(reversed(thetas[:-1]), reversed(steps)):
         hv, gx, gv = adjoint(theta_n, images[batch], y, v)
-        grad_images.index_add_(0, batch.to(images.device), gx * -lr)
+        grad_images.index_add_(0, batch, gx * -lr)
         grad_lr -= gv
         v = v - lr * hv
     return (thetas[-1] - target).square().sum() / scale, grad_images, grad_lr
@@ -335,11 +335,11 @@ def inner_steps(loss):
         return hv, gx, gv
     return gradient, adjoint
 
-def draw_batches(n, steps, batch_size, rng):
+def draw_batches(n, steps, batch_size, rng, device="cpu"):
     """`steps` mini-batches of 0..n-1: permutations, cut into pieces of `batch_size`."""
     drawn = []
     while len(drawn) < steps:
-        drawn += torch.randperm(n, generator=rng).split(batch_size)
+        drawn += torch.randperm(n, generator=rng).to(device).split(batch_size)
     return drawn[:steps]
 
 def bound(grad_images, grad_lr, lr, s):
@@ -347,11 +347,10 @@ def bound(grad_images, grad_lr, lr, s):
     no image by more than s.clip (root mean square, in standard deviations) and the rate by no more
     than that share of itself; and how many images that touched. One start at t = 0 can have
     gradients hundreds of times the usual, which would ruin the images at once."""
-    if not s.clip:
-        return grad_images, grad_lr, torch.zeros_like(grad_lr)
+    clip = s.clip or math.inf
     rms = s.pixel_lr * grad_images.flatten(1).square().mean(dim=1).sqrt()                # [n]
-    scale = (s.clip / rms).clamp(max=1)
-    most = s.clip * lr / s.syn_lr_lr
+    scale = (clip / rms).clamp(max=1)
+    most = clip * lr / s.syn_lr_lr
     return (grad_images * scale[:, None, None, None], grad_lr.clamp(-most, most),
             (scale < 1).sum())
 

@@ -222,11 +222,11 @@ def functional(model):
     return f
 
 # ---- The training loop -----------------------------------------------------------------------
-def batches(n, batch_size, epochs, seed, name, drop_last=False):
-    """(step, indices) of the mini-batches of `epochs` passes over n images in random order."""
+def batches(n, batch_size, epochs, seed, name, device="cpu", drop_last=False):
+    """(step, indices on `device`) of the mini-batches of `epochs` random passes over n images."""
     step = 0
     for epoch in range(epochs):
-        order = torch.randperm(n, generator=stream(seed, name, epoch))
+        order = torch.randperm(n, generator=stream(seed, name, epoch)).to(device)
         for batch in order.split(batch_size):
             if len(batch) == batch_size or not drop_last:
                 yield step, batch
