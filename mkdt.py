@@ -348,11 +348,10 @@ def bound(grad_images, grad_lr, lr, s):
     than that share of itself; and how many images that touched. One start at t = 0 can have
     gradients hundreds of times the usual, which would ruin the images at once."""
     clip = s.clip or math.inf
-    rms = s.pixel_lr * grad_images.flatten(1).square().mean(dim=1).sqrt()                # [n]
+    rms = s.pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()   # [n, 1, 1, 1]
     scale = (clip / rms).clamp(max=1)
     most = clip * lr / s.syn_lr_lr
-    return (grad_images * scale[:, None, None, None], grad_lr.clamp(-most, most),
-            (scale < 1).sum())
+    return grad_images * scale, grad_lr.clamp(-most, most), (scale < 1).sum()
 
 def distill_stage(run):
     """SET/distilled.pt, its snapshots every 1,000 iterations, and pictures."""
@@ -364,7 +363,7 @@ def distill_stage(run):
     experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
     f = functional(student_of(s, d, data.image_size)())
     loss = student_loss(f, OBJECTIVES[s.objective][0])
-    gradient, adjoint = (compiled(step, can_compile(s)) for step in inner_steps(loss))
+    gradient, adjoint = (compiled(step, can_compile(s), 2) for step in inner_steps(loss))
     syn, targets = new_syn(init["images"], s), init.get("targets")
     checkpoint = folder / "distill_checkpoint.pt"
     first = restore(checkpoint, **vars(syn))
@@ -377,7 +376,7 @@ def distill_stage(run):
 
     for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **vars(syn)):
         values["moved"] = (syn.images - init["images"]).abs().mean()    # a pixel, in deviations
-        if step % 1000 == 0 and values["moved"].isfinite() and values["lr"] > 0 and RANK == 0:
+        if step % 1000 == 0 and RANK == 0:
             keep(folder / f"distilled_{step:05d}.pt", step)
     if RANK == 0:
         draw_results(run, init["images"], syn.images)

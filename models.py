@@ -255,16 +255,17 @@ def encode(f, images, prepare=lambda images: images, chunk=250):
     """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
     return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
 
-def compiled(f, on=True):
-    """f, compiled by torch at its first call, for the shapes it gets there; f itself for others
-    (the short last batch), and for all if there is no compiler that works."""
-    fast, known = torch.compile(f, fullgraph=True, dynamic=False) if on else f, None
+def compiled(f, on=True, count=1):
+    """f, compiled by torch for the first `count` shapes of its arguments; f itself for others (an
+    epoch's short last batch), and for all if there is no compiler that works."""
+    fast, known = torch.compile(f, fullgraph=True, dynamic=False) if on else f, []
 
     def call(*args):
-        nonlocal fast, known
+        nonlocal fast
         shapes = [a.shape for a in args if torch.is_tensor(a)]
-        known = known or shapes
-        if shapes == known and fast is not f:
+        if shapes not in known and len(known) < count:
+            known.append(shapes)
+        if shapes in known and fast is not f:
             try:
                 return fast(*args)
             except Exception as error:

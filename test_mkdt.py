@@ -153,6 +153,14 @@ def test_what_cannot_be_compiled_runs_as_it_is(capsys, monkeypatch):
     assert capsys.readouterr().out.count("no C++ compiler") == 1
 
 
+def test_the_first_shapes_are_compiled(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda f, **_: lambda x: seen.append(len(x)) or f(x))
+    f = models.compiled(lambda x: 2 * x, count=2)
+    assert [f(torch.ones(n)).sum().item() for n in (3, 2, 3, 1, 2)] == [6, 4, 6, 2, 4]
+    assert seen == [3, 2, 3, 2]
+
+
 # ---- Augmentation against torchvision, image by image ------------------------------------------
 @pytest.fixture
 def pictures():
@@ -526,7 +534,7 @@ def test_the_matching_gradient_in_float32_and_compiled():
     exact = unrolled_gradient(loss, *rest)
     for a, b in zip(ours(loss, *rest), exact):
         assert relative(a, b) < 1e-4
-    steps = [models.compiled(step) for step in mkdt.inner_steps(loss)]
+    steps = [models.compiled(step, count=2) for step in mkdt.inner_steps(loss)]
     for _ in range(2):
         for a, b in zip(mkdt.matching_gradient(*steps, *rest), exact):
             assert relative(a, b) < 1e-3
