@@ -39,8 +39,7 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of both
-        if beside.exists():
-            beside.unlink()
+        beside.unlink(missing_ok=True)
         raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 def save(path, value):
@@ -256,9 +255,8 @@ def decode(items, size):
     def read(item):
         picture, _ = item
         try:
-            array = isinstance(picture, np.ndarray)
-            image = to_pil_image(picture) if array else default_loader(picture)
-            return np.asarray(resize(image, [size, size], InterpolationMode.LANCZOS))
+            open_as = to_pil_image if isinstance(picture, np.ndarray) else default_loader
+            return np.asarray(resize(open_as(picture), [size, size], InterpolationMode.LANCZOS))
         except Exception as error:                         # PIL raises almost anything
             raise InputError(f"cannot read the image {picture} ({first_line(error)}): repair or "
                              "remove it") from error

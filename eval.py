@@ -134,8 +134,8 @@ def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
         raise ValueError("the features are not finite")
     W, b = features.new_zeros(classes, features.shape[1]), features.new_zeros(classes)
     optimizer = torch.optim.LBFGS([W.requires_grad_(), b.requires_grad_()], max_iter=iterations,
-                                  max_eval=25 * iterations, history_size=20, tolerance_grad=1e-7,
-                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
+                                  max_eval=25 * iterations, history_size=20, tolerance_change=1e-12,
+                                  line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
@@ -152,7 +152,7 @@ def linear_scores(net, task, percents, seed):
     needed = torch.cat(drawn).unique()                                                # sorted
     features = encode(net.features, task.train_images[needed], task.normalize)
     test = encode(net.features, task.test_images, task.normalize)
-    for percent, chosen in zip(percents, drawn):
+    for chosen in drawn:
         rows = features[torch.searchsorted(needed, chosen)]
         W, b = linear_probe(rows, task.train_labels[chosen], task.classes)
         yield accuracy(test @ W.T + b, task.test_labels)
@@ -709,8 +709,7 @@ def paper_value(r, name, how, task, labels):
         r.experts_are_the_papers and (s.pretrain_batch, s.pretrain_lr) == (256, 0.1))
     if not same or name == "mkdt" and r.mkdt["iterations"] != 5000:
         return ""
-    block = s.dataset, f"{s.percent:g}", s.ssl, HOW.get(how)
-    value = PAPER.get((*block, labels, row, task))
+    value = PAPER.get((s.dataset, f"{s.percent:g}", s.ssl, HOW.get(how), labels, row, task))
     return f" ({value})" if value else ""
 
 # ---- Command line --------------------------------------------------------------------------------

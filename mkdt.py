@@ -247,7 +247,7 @@ def init_stage(run):
     rows, d = read_targets(s, data, run.run_dir)
     losses = None
     if OBJECTIVES[s.objective][1] == "representations":
-        f = functional(student_of(s, d, data.image_size)())
+        f = functional(student_of(s, d, data.image_size)().to(s.device))
         thetas = (load(expert_file(run, i), mmap=True)[1].to(s.device) for i in range(s.experts))
         losses = loss_per_image(f, thetas, data, rows, OBJECTIVES[s.objective][0])
     images, targets = STARTS[s.init](data, rows, losses, run.size, stream(s.seed, "init"))
@@ -291,7 +291,7 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate.
 
     theta, target: theta*_t and theta*_{t+M}, [P]; images [n, ...]; lr: alpha_syn; steps: the N
-    pairs (b_n, y_n) of image indices, there too, and their rows of Z_syn.
+    pairs (b_n, y_n) of image indices and their rows of Z_syn.
 
     Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, y_n)
     Backward, v_n = dL_DD / dtheta_n, H_n = dg_n / dtheta_n (adjoint: H v, d(g . v)/dx, g . v):
@@ -312,7 +312,7 @@ def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
     grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
     for theta_n, (batch, y) in zip(reversed(thetas[:-1]), reversed(steps)):
         hv, gx, gv = adjoint(theta_n, images[batch], y, v)
-        grad_images.index_add_(0, batch, gx * -lr)
+        grad_images.index_add_(0, batch.to(images.device), gx * -lr)
         grad_lr -= gv
         v = v - lr * hv
     return (thetas[-1] - target).square().sum() / scale, grad_images, grad_lr
@@ -350,7 +350,7 @@ def bound(grad_images, grad_lr, lr, s):
     clip = s.clip or math.inf
     rms = s.pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()   # [n, 1, 1, 1]
     scale = (clip / rms).clamp(max=1)
-    most = clip * lr / s.syn_lr_lr
+    most = clip * lr.abs() / s.syn_lr_lr
     return grad_images * scale, grad_lr.clamp(-most, most), (scale < 1).sum()
 
 def distill_stage(run):
@@ -361,7 +361,7 @@ def distill_stage(run):
     init = {k: v.to(s.device) for k, v in load(folder / "init.pt").items()}
     _, d = read_targets(s, data, run.run_dir)
     experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
-    f = functional(student_of(s, d, data.image_size)())
+    f = functional(student_of(s, d, data.image_size)().to(s.device))
     loss = student_loss(f, OBJECTIVES[s.objective][0])
     gradient, adjoint = (compiled(step, can_compile(s), 2) for step in inner_steps(loss))
     syn, targets = new_syn(init["images"], s), init.get("targets")
@@ -370,13 +370,13 @@ def distill_stage(run):
     loop = distill(gradient, adjoint, experts, syn, targets_of(s, data, targets), s, first)
 
     def keep(path, iterations):
-        kept = present(images=syn.images, targets=targets, mean=data.mean.flatten(),
-                       std=data.std.flatten())
-        save(path, {**kept, "lr": syn.lr.item(), "iterations": iterations})
+        tensors = present(images=syn.images, targets=targets, mean=data.mean.flatten(),
+                          std=data.std.flatten())
+        save(path, tensors | {"lr": syn.lr.item(), "iterations": iterations})
 
     for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **vars(syn)):
         values["moved"] = (syn.images - init["images"]).abs().mean()    # a pixel, in deviations
-        if step % 1000 == 0 and RANK == 0:
+        if step % 1000 == 0 and values["lr"] > 0 and RANK == 0:                # NaN is not
             keep(folder / f"distilled_{step:05d}.pt", step)
     if RANK == 0:
         draw_results(run, init["images"], syn.images)
