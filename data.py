@@ -39,7 +39,8 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of both
-        beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
         raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 def save(path, value):
