@@ -366,8 +366,8 @@ def distill_stage(run):
     gradient, adjoint = (compiled(step, can_compile(s), 2) for step in inner_steps(loss))
     syn, targets = new_syn(init["images"], s), init.get("targets")
     checkpoint = folder / "distill_checkpoint.pt"
-    first = restore(checkpoint, **vars(syn))
-    loop = distill(gradient, adjoint, experts, syn, targets_of(s, data, targets), s, first)
+    loop = distill(gradient, adjoint, experts, syn, targets_of(s, data, targets), s,
+                   restore(checkpoint, **vars(syn)))
 
     def keep(path, iterations):
         tensors = present(images=syn.images, targets=targets, mean=data.mean.flatten(),
