@@ -1,126 +1,281 @@
-"""Data of MKDT: images as one uint8 tensor on the device, augmented there in whole batches;
-files that are whole or absent, checkpoints and progress.
+"""Data of MKDT: files, progress, devices, data sets and augmentation. The other files use it.
 
-    load_dataset      by name (see OFFICIAL), from a folder, or from an .npz file
-    two_views         the augmentations A of Eq. 1, with their own draw for every image
-    follow            wraps a training loop: progress, refusal of NaN, checkpoints
+    Progress          accompanies a training loop: resumes it, reports on it, saves its state
+    load_dataset      a data set by name, from a folder or from an .npz, as uint8 tensors
+    two_views         the augmentations A of Eq. 1, with parameters of its own for every image
 
-Every data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images
-[N, H, H, 3] and int64 train_labels, test_labels [N]. Where it lies, nothing is downloaded."""
+A data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images [N, H, H, 3],
+integer train_labels, test_labels [N]. Where that file lies, nothing is downloaded or decoded."""
+import contextlib
+import ctypes
+import datetime
+import functools
+import io
 import json
 import math
 import os
+import sys
+import textwrap
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision import datasets
-from torchvision.datasets.folder import IMG_EXTENSIONS, default_loader, make_dataset
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.functional import (InterpolationMode, resize, rgb_to_grayscale,
-                                               to_pil_image)
+from torchvision.transforms.functional import rgb_to_grayscale
 
-from models import RANK, InputError, first_line, rank_0_first
 
-# ---- Files -----------------------------------------------------------------------------------
-def write_file(path, write):
-    """Writes `path` by write(file): beside it first, then renamed, so that it is never half."""
-    path, beside = Path(path), Path(f"{path}.{os.getpid()}.beside")
+# ---- Errors and files -------------------------------------------------------------------------
+class InputError(ValueError):
+    """Something that a user can put right: a file, a flag, a value. One line that says how."""
+
+class Diverged(InputError):
+    """A training loop whose values are no longer finite."""
+
+def first_line(error):
+    """The first line of an exception's message, or its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write as `path`. It is written beside `path` first and then renamed, so
+    that `path` is never half written. Raises InputError if it cannot be written."""
+    path, beside = Path(path), Path(f"{path}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
-    except (OSError, RuntimeError) as error:            # torch.save makes a RuntimeError of both
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {first_line(error)}") from error
+    finally:
         if beside.exists():
             beside.unlink()
-        raise InputError(f"cannot write {path}: {first_line(error)}") from error
 
 def save(path, value):
     """torch.save of tensors, numbers, strings, lists and dicts."""
-    write_file(path, lambda file: torch.save(value, file))
+    buffer = io.BytesIO()                  # torch.save to a full disk would hide the reason
+    torch.save(value, buffer)
+    with whole_file(path) as file:
+        file.write(buffer.getbuffer())
 
 def save_text(path, text):
-    """A text file."""
-    write_file(path, lambda file: file.write(text.encode()))
+    """Writes a text file in UTF-8."""
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 def load(path, **options):
-    """torch.load of plain data. Raises InputError, naming the file, on anything else."""
+    """torch.load of plain data onto the CPU. Raises InputError, naming the file, if that fails."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: run the stage that makes it first") from None
-    except Exception as error:                      # pickle, zip and torch each have their own
+    except Exception as error:             # pickle, zip and torch each have their own
         raise InputError(f"{path} is not a whole torch file of plain data "
                          f"({first_line(error)})") from error
 
-class Diverged(InputError):
-    """A loop whose values are no longer finite."""
+def checksum(*values):
+    """Eight hexadecimal digits that tell the contents of tensors, arrays or plain values apart."""
+    crc = 0
+    for value in values:
+        if torch.is_tensor(value):
+            value = value.detach().cpu().numpy()
+        elif not isinstance(value, np.ndarray):
+            value = np.frombuffer(repr(value).encode(), np.uint8)
+        crc = zlib.crc32(np.ascontiguousarray(value), crc)
+    return f"{crc:08x}"
 
-# ---- Training loops are generators of (step, {name: value}); this is what follows them -------
+# ---- Progress of a training loop --------------------------------------------------------------
 class Log:
-    """A progress line every so many seconds on the screen, and the same as JSON lines in `path`.
-    minutes: between two checkpoints of `follow`."""
+    """Prints progress lines and appends them to the file `path` as JSON, one object a line.
+    seconds: the time between two lines; minutes: the time between two checkpoints."""
 
     def __init__(self, path=None, seconds=10.0, minutes=5.0):
-        self.path, self.seconds, self.minutes, self.last = path, seconds, minutes, -math.inf
+        self.path, self.seconds, self.minutes = path, seconds, minutes
+        self.last = -math.inf
 
-    def __call__(self, stage, step, total, rate=0.0, **values):
-        """rate: steps a second."""
+    def __call__(self, stage, step, total, speed=0.0, note="", **values):
+        """speed: steps a second, 0 if it is not known yet."""
         self.last = time.monotonic()
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-        speed = f"{rate:.3g} it/s  {(total - step) / rate / 60:.1f} min left" if rate else ""
-        print(f"{stage:<8} {step:>6}/{total}  {shown}  {speed}", flush=True)
+        line = f"{stage:<8} {step:>6}/{total}"
+        for name, value in values.items():
+            line += f"  {name} {value:.4g}"
+        if speed:
+            line += f"  {speed:.3g}/s  {(total - step) / speed / 60:.1f} min left"
+        print(f"{line}  {note}".rstrip(), flush=True)
         if self.path and RANK == 0:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
-def follow(stage, loop, total, log, path=None, **state):
-    """Yields what `loop` yields, (step, {name: value}); when due, logs it and saves `state` (see
-    `restore`) in the file `path`. Only then are values read from the device: means since the last
-    line. Raises Diverged where one is not finite, or a learned rate "lr" not positive."""
-    recent, began, saved = [], time.monotonic(), time.monotonic()
-    for done, (step, values) in enumerate(loop, 1):
-        yield step, values                     # the caller may take a snapshot first
-        recent.append(values)
+class Progress:
+    """Accompanies a training loop: resumes it, reports on it and saves its state.
+
+    stage, total: the loop's name and its number of steps. checkpoint: the file for `state`, tensors
+    and objects with a state_dict, written every few minutes and at the end. If it exists, `state`
+    is restored from it at once, and the loop goes on from `first_step`. advice: what to do if a
+    value is no longer finite. visit(step) is called every `every` steps.
+
+    Call it after each step with the number of steps done and with values to report. They are read
+    from the device only when a line is due, as means since the last line."""
+
+    def __init__(self, stage, total, log, checkpoint=None, advice="", every=0, visit=None, **state):
+        self.stage, self.total, self.log = stage, total, log
+        self.checkpoint, self.state = checkpoint, state
+        self.advice, self.every, self.visit = advice, every, visit
+        self.first_step = self.restore()
+        self.recent = []
+        self.timed_steps, self.timed_since = 0, None
+        self.saved_at = time.monotonic()
+
+    def __call__(self, step, **values):
         now = time.monotonic()
-        due = path and (now - saved >= 60 * log.minutes or step == total)
-        if not due and now - log.last < log.seconds and step < total:
-            continue
-        means = {k: float(sum(v[k] for v in recent)) / len(recent) for k in values}
-        rate, recent = float(values.get("lr", 1)), []
-        if not all(map(math.isfinite, means.values())) or rate <= 0:
-            raise Diverged(f"{stage}: {means} at step {step}: lower its rate (distill: or "
-                           "--clip); the last checkpoint is of before")
-        log(stage, step, total, done / max(now - began, 1e-9), **means)
-        if due and RANK == 0:
-            tensors = {k: v if torch.is_tensor(v) else v.state_dict() for k, v in state.items()}
-            save(path, {"step": step, **tensors})
-            saved = time.monotonic()
+        self.recent.append(values)
+        if self.timed_since is None:       # the first step is not timed: it may compile
+            self.timed_since = now
+        else:
+            self.timed_steps += 1
+        last = step == self.total
+        line_due = now - self.log.last >= self.log.seconds
+        visit_due = self.every > 0 and step % self.every == 0
+        save_due = self.checkpoint and (last or now - self.saved_at >= 60 * self.log.minutes)
+        if last or line_due or visit_due or save_due:
+            self.report(step, line_due or self.checkpoint)
+        if save_due and RANK == 0:
+            saved = {"step": step, "ranks": RANKS}
+            for name, part in self.state.items():
+                saved[name] = part if torch.is_tensor(part) else part.state_dict()
+            save(self.checkpoint, saved)
+            self.saved_at = time.monotonic()
+        if visit_due:
+            self.visit(step)
 
-@torch.no_grad()
-def restore(path, **state):
-    """Puts what `follow` saved into `state`: tensors, changed in place, and what has a state_dict.
-    Returns the step it was saved at, 0 if there is no such file."""
-    if not Path(path).exists():
-        return 0
-    saved = load(path)
-    for name, part in state.items():
-        (part.copy_ if torch.is_tensor(part) else part.load_state_dict)(saved[name])
-    print(f"resuming from {path} at step {saved['step']}", flush=True)
-    return saved["step"]
+    def report(self, step, print_line):
+        """Checks the means since the last report, and prints them if that is wanted. Raises
+        Diverged if one is not finite, or if the learned rate alpha_syn, "lr", is not positive."""
+        means, latest = {}, self.recent[-1]
+        for name in latest:
+            means[name] = float(sum(values[name] for values in self.recent)) / len(self.recent)
+            if not math.isfinite(means[name]) or (name == "lr" and latest["lr"] <= 0):
+                raise Diverged(f"{self.stage}: {name} became {float(latest[name]):.3g} at step "
+                               f"{step}. {self.advice}")
+        now = time.monotonic()             # reading the values has waited for the device
+        if print_line:
+            speed = self.timed_steps / max(now - self.timed_since, 1e-9)
+            self.log(self.stage, step, self.total, speed, **means)
+        self.recent = []
+        self.timed_steps, self.timed_since = 0, now
 
-# ---- A data set ------------------------------------------------------------------------------
-# Means and deviations of the authors' code: the pixel rates of Tables 8 and 9 are in units of
-# these deviations. Any other data set is normalised by its own training images.
+    @torch.no_grad()
+    def restore(self):
+        """Puts what the checkpoint holds into `state`; returns the number of steps done."""
+        if not self.checkpoint or not self.checkpoint.exists():
+            return 0
+        saved = load(self.checkpoint)
+        try:
+            if saved["ranks"] != RANKS:
+                raise ValueError(f"it is of {saved['ranks']} processes, not {RANKS}")
+            for name, part in self.state.items():
+                if torch.is_tensor(part):
+                    part.copy_(saved[name])
+                else:
+                    part.load_state_dict(saved[name])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.checkpoint} does not fit this run ({first_line(error)}): "
+                             "delete it to start the stage again") from error
+        print(f"resuming from {self.checkpoint} at step {saved['step']}", flush=True)
+        return saved["step"]
+
+# ---- Devices and processes: alone, or one of the ranks that torchrun starts -------------------
+RANK = int(os.environ.get("RANK", 0))
+RANKS = int(os.environ.get("WORLD_SIZE", 1))
+
+def start(device):
+    """The torch.device called `device` (auto: the GPU if there is one); joins the other ranks."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        device = torch.ones(1, device=device).device
+    except Exception as error:
+        raise InputError(f"--device {device} cannot be used here ({first_line(error)})") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True                  # there are few shapes
+    else:
+        keep_freed_memory()
+    if RANKS > 1 and not dist.is_initialized():                # the others wait while rank 0 works
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(days=7))
+    return device
+
+def keep_freed_memory():
+    """Has glibc keep freed blocks for the next step. By itself it gives large ones back to the
+    kernel, which then clears their pages anew: that is much of a step's time on a CPU."""
+    with contextlib.suppress(AttributeError, TypeError):   # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: do not trim
+        mallopt(-4, 0)                                     # M_MMAP_MAX: no separate blocks
+
+@contextlib.contextmanager
+def command_line(script):
+    """Runs a command. What a user can put right ends it with one line and exit code 2. Only rank 0
+    prints; a console that lacks a character shows a question mark in its place."""
+    sys.stdout.reconfigure(errors="replace")
+    sys.stderr.reconfigure(errors="replace")
+    try:
+        with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
+            yield
+    except (InputError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"{script}: stopped; run the same command again to go on")
+
+def barrier():
+    """Returns when every rank has come here."""
+    if RANKS > 1:
+        dist.barrier()
+
+@contextlib.contextmanager
+def rank_0_first():
+    """Rank 0 does what is below first, e.g. it downloads; then the others, who find it done."""
+    if RANK > 0:
+        barrier()
+    yield
+    if RANK == 0:
+        barrier()
+
+def sum_over_ranks(tensors):
+    """Replaces each of `tensors` by its sum over the ranks."""
+    if RANKS > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+def rows_of_all_ranks(z):
+    """The rows z [b, d] of every rank, [RANKS * b, d]. Gradients flow to this rank's own only, so
+    that the sum over ranks of the gradients of a loss of all rows is the whole gradient."""
+    if RANKS == 1:
+        return z
+    rows = [torch.empty_like(z) for _ in range(RANKS)]
+    dist.all_gather(rows, z.detach().contiguous())
+    rows[RANK] = z
+    return torch.cat(rows)
+
+# ---- A data set -------------------------------------------------------------------------------
+# Means and standard deviations of the authors' code: the pixel rates of Tables 8 and 9 are in
+# these units. Any other data set is normalised by its own training images.
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
@@ -129,7 +284,8 @@ STATISTICS = {
 
 @dataclass
 class Dataset:
-    """Images uint8 [N, 3, H, H], labels int64 [N] (-1: unknown), pixels' mean, std [3, 1, 1]."""
+    """Images uint8 [N, 3, H, H], labels int64 [N] from 0 on (-1: unknown), mean and std [3, 1, 1]
+    of the pixels. images_id, id: checksums of the training images, and of everything."""
     name: str
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -137,24 +293,26 @@ class Dataset:
     test_labels: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
+    images_id: str = ""
+    id: str = ""
 
     @property
     def image_size(self):
         return self.train_images.shape[-1]
 
     @property
-    def labelled(self):
-        """Whether every label of both splits is known, so that it can be probed."""
-        return all(len(labels) and labels.min() >= 0
-                   for labels in (self.train_labels, self.test_labels))
-
-    @property
     def classes(self):
         return int(self.train_labels.max()) + 1
 
+    @property
+    def labelled(self):
+        """Whether an encoder can be probed on it: two classes or more, and labelled test images."""
+        return self.classes >= 2 and bool((self.test_labels >= 0).any())
+
     def normalize(self, images):
         """uint8 [B, 3, H, H], or floats in [0, 1] -> normalised float32."""
-        images = images if images.is_floating_point() else images.float() / 255
+        if not images.is_floating_point():
+            images = images.float() / 255
         return (images - self.mean) / self.std
 
     def denormalize(self, images):
@@ -162,198 +320,352 @@ class Dataset:
         return images * self.std + self.mean
 
 def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images=0):
-    """The Dataset called `name`, on `device`.
-    name: a key of OFFICIAL; the path of a folder with train/ and test/ inside; or of an .npz.
-    image_size: the side to squash to; 0: its own (32 for folders). train_images: the first so
-    many only, 0 for all. Raises InputError if it cannot be had."""
-    path, title = Path(name), Path(name).resolve().name
-    if path.suffix == ".npz":
-        arrays, title = read_npz(path), path.stem
+    """The Dataset called `name`, on `device`; prints what was read.
+    name: a key of OFFICIAL, the path of a folder with train/ and test/ inside, or of an .npz.
+    image_size: the side in pixels to squash to, 0 for its own (folders: 32). train_images: use so
+    many, drawn at random once and for all; 0 for all. Raises InputError if it cannot be had."""
+    if 0 < image_size < 8:
+        raise InputError(f"--image-size {image_size}: it must be at least 8 pixels")
+    path = Path(name)
+    title = path.resolve().name.removesuffix(".npz")
+    if name in OFFICIAL:
+        if path.is_dir():
+            print(f"{name} is the official data set; for the folder of that name give ./{name}")
+        read = functools.partial(read_official, name, Path(data_dir))
+        arrays = cached(Path(data_dir), name, image_size, OFFICIAL[name].side, read)
+    elif path.suffix == ".npz":
+        arrays = read_npz(name)
+    elif path.is_dir():
+        files, version = list_folder(path)
+        read = functools.partial(read_folder, path, files)
+        arrays = cached(Path(data_dir), f"{title}-{version}", image_size, 32, read)
     else:
-        if name in OFFICIAL:
-            items, version = lambda: official(name, data_dir), ""
-        elif path.is_dir():
-            found = folder_items(path)
-            listing = [(p, os.path.getmtime(p)) for split in found.values() for p, _ in split]
-            items, version = lambda: found, f"-{zlib.crc32(repr(listing).encode()):08x}"
-        else:
-            raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a "
-                             "folder with train/ (and test/) inside, or an .npz file")
-        side = {"tinyimagenet": 64, "shapes": 24}.get(name, 32)
-        size = image_size or side
-        called = f"{title}{version}" + f"-{size}px" * (size != side)
-        arrays = cached(Path(data_dir, f"{called}.npz"), items, size)
-    images = arrays["train_images"][:train_images or None]
+        raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a folder "
+                         "with train/ (and test/) inside, or an .npz file")
+    images = arrays["train_images"]
     if image_size not in (0, images.shape[1]):
         raise InputError(f"{name} has {images.shape[1]}-pixel images: leave out --image-size "
                          f"{image_size}")
-    mean, std = STATISTICS.get(name) or channel_statistics(arrays["train_images"])
-    arrays.update(train_images=images, train_labels=arrays["train_labels"][:len(images)])
-    tensors = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
-    tensors = {k: v.permute(0, 3, 1, 2) if v.dim() == 4 else v for k, v in tensors.items()}
-    return Dataset(title, **tensors, mean=torch.tensor(mean, device=device)[:, None, None],
-                   std=torch.tensor(std, device=device)[:, None, None])
+    number_classes(name, arrays)
+    mean, std = STATISTICS.get(name) or channel_statistics(images)
+    if 0 < train_images < len(images):
+        chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:train_images])
+        arrays["train_images"] = images[chosen]
+        arrays["train_labels"] = arrays["train_labels"][chosen]
+    print(summary(title, arrays), flush=True)
+    tensors = [torch.from_numpy(arrays[key]) for key in ARRAYS]
+    for i in (0, 2):
+        tensors[i] = tensors[i].permute(0, 3, 1, 2)            # [N, H, H, 3] -> [N, 3, H, H]
+    return Dataset(title, *[tensor.to(device) for tensor in tensors],
+                   mean=torch.tensor(mean, device=device)[:, None, None],
+                   std=torch.tensor(std, device=device)[:, None, None],
+                   images_id=checksum(arrays["train_images"]),
+                   id=checksum(*[arrays[key] for key in ARRAYS]))
+
+ARRAYS = ["train_images", "train_labels", "test_images", "test_labels"]
+EXTRAS = ["mkdt_class_names", "mkdt_notes"]                    # what only our own .npz files have
+
+def number_classes(name, arrays):
+    """Renumbers the labels from 0 on, in place; -1 stays unknown. Raises InputError if there are
+    test classes without a training image, which a probe can only get wrong."""
+    train, test = arrays["train_labels"], arrays["test_labels"]
+    names = arrays["mkdt_class_names"]
+    classes = np.unique(train[train != -1])
+    unseen = np.setdiff1d(test[test != -1], classes)
+    if len(classes) == 0:
+        test[:] = -1
+    elif len(unseen):
+        raise InputError(f"{name}: there are test images, but no training images, of the classes "
+                         f"{listed(unseen, names)}")
+    for labels in (train, test):
+        labels[:] = np.where(labels == -1, -1, np.searchsorted(classes, labels))
+    if len(names):
+        arrays["mkdt_class_names"] = names[classes]
+
+def listed(classes, names):
+    """The first ten of some classes, by their names if these are known."""
+    return ", ".join(str(k) for k in (names[classes] if len(names) else classes)[:10])
+
+def summary(title, arrays):
+    """What was read, in lines of at most 100 columns."""
+    labels, test = arrays["train_labels"], arrays["test_labels"]
+    names, notes = arrays["mkdt_class_names"], arrays["mkdt_notes"]
+    counts = np.bincount(labels[labels >= 0])
+    told = [f"{name} {count}" for name, count in zip(names, counts)]
+    text = f"{title}: {len(labels):,} training images"
+    if len(counts) < 2:
+        text += " of one class, which count as unlabelled" if len(counts) else " without labels"
+    else:
+        text += f" of {len(counts)} classes" + f" ({', '.join(told)})" * (0 < len(told) <= 10)
+    if 0 < counts.sum() < len(labels):
+        text += f", {len(labels) - counts.sum():,} of them unlabelled"
+    text += f", {len(test):,} test images, {arrays['train_images'].shape[1]} pixels"
+    absent = np.setdiff1d(np.arange(len(counts)), test)
+    if (test >= 0).any() and len(absent):
+        text += f"; not in the test split: {listed(absent, names)}"
+    return textwrap.fill("; ".join([text, *notes]), 100, subsequent_indent="    ")
 
 def channel_statistics(images):
-    """Mean and deviation per channel, in [0, 1], of uint8 images [N, H, W, 3], or of 10,000 of
-    them at even distances."""
-    sample = images[::len(images) // 10_000 + 1] / 255
-    return sample.mean(axis=(0, 1, 2)).tolist(), sample.std(axis=(0, 1, 2)).clip(1e-3).tolist()
+    """Mean and standard deviation of each channel, in [0, 1], of uint8 images [N, H, W, 3], or of
+    about 10,000 of them at even distances."""
+    sample = images[::len(images) // 10_000 + 1]
+    mean = sample.mean(axis=(0, 1, 2)) / 255
+    mean_square = np.square(sample, dtype=np.uint16).mean(axis=(0, 1, 2)) / 255**2
+    return mean.tolist(), np.sqrt(mean_square - mean**2).clip(1e-3).tolist()
 
-def cached(path, items, size):
-    """The arrays in the .npz `path`; if there is none, of items(), decoded and kept there."""
+def cached(data_dir, name, size, usual_size, read):
+    """The arrays of the .npz `name` in data_dir. If there is none, read(size) makes it."""
+    if size not in (0, usual_size):
+        name = f"{name}-{size}px"
+    path = data_dir / f"{name}.npz"
     with rank_0_first():
         if not path.exists():
-            arrays = decode(items(), size)
-            write_file(path, lambda file: np.savez(file, **arrays))
+            arrays = read(size or usual_size)
+            with whole_file(path) as file:
+                np.savez(file, **arrays)
         return read_npz(path)
 
 def read_npz(path):
-    """The four arrays of an .npz, checked; labels (-1) and test images may be missing."""
+    """The arrays of an .npz, checked. Labels (-1) and test images may be missing. Images may be
+    grey, [N, H, H] or [N, H, H, 1]; labels [N] or [N, 1], of any integer type."""
+    arrays = {key: np.array([], str) for key in EXTRAS}
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        train = arrays["train_images"][:]                      # it has rows
-    except Exception as error:                                 # zip, zlib, pickle, numpy
+            arrays.update({key: file[key] for key in ARRAYS + EXTRAS if key in file})
+        train = arrays["train_images"]
+    except Exception as error:             # zip, zlib, pickle and numpy each have their own
         raise InputError(f"{path} is not a whole .npz with train_images "
                          f"({first_line(error)})") from error
-    checked = {}
+    side = train.shape[1:2]
     for split in ("train", "test"):
-        x = arrays.get(f"{split}_images", train[:0])
-        y = arrays.get(f"{split}_labels", np.full(x.shape[:1], -1))
-        if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1:] != (train.shape[1],) * 2 + (3,) or \
-                y.shape != x.shape[:1] or y.dtype.kind not in "iu":
-            raise InputError(f"{path}: expected {split}_images uint8 [N, H, H, 3] of one size and "
-                             f"{split}_labels integers [N], not {x.dtype} {list(x.shape)} and "
-                             f"{y.dtype} {list(y.shape)}")
-        checked.update({f"{split}_images": x, f"{split}_labels": y.astype(np.int64)})
-    return checked
-
-def read_representations(path):
-    """The array in a .npy or torch file."""
-    try:
-        return torch.as_tensor(np.load(path) if path.endswith(".npy") else load(path)).float()
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"--representations {path} holds no array of numbers ({error})") from error
-
-def check_representations(z, n, source):
-    """InputError if representations of n images are not [n, d], finite, and more than one point."""
-    if z.dim() != 2 or len(z) != n or not z.isfinite().all() or (z == z[0]).all():
-        raise InputError(f"{source}: representations must be [{n}, d], finite and not all alike, "
-                         f"unlike these {list(z.shape)}")
-
-def share(n, percent, flag):
-    """How many that percentage of n images is. Raises InputError where it is none, or over all."""
-    count = math.floor(n * percent / 100 + 1e-9)
-    if not 1 <= count <= n:
-        raise InputError(f"{flag} {percent:g} of {n} training images is {count}: it must leave at "
-                         "least one and at most all")
-    return count
-
-# ---- Where images come from: {"train": [(picture or path, label), ...], "test": [...]} -------
-def decode(items, size):
-    """The four arrays of `items`: RGB, squashed to `size` with Lanczos, by several threads."""
-    def read(item):
-        picture, _ = item
-        try:
-            open_as = to_pil_image if isinstance(picture, np.ndarray) else default_loader
-            return np.asarray(resize(open_as(picture), [size, size], InterpolationMode.LANCZOS))
-        except Exception as error:                         # PIL raises almost anything
-            raise InputError(f"cannot read the image {picture} ({first_line(error)}): repair or "
-                             "remove it") from error
-
-    arrays = {}
-    with ThreadPoolExecutor() as pool:
-        for split, pairs in items.items():
-            images = np.array([*pool.map(read, pairs)], np.uint8).reshape(-1, size, size, 3)
-            labels = np.array([label for _, label in pairs], np.int64)
-            arrays.update({f"{split}_images": images, f"{split}_labels": labels})
+        images = arrays.get(f"{split}_images", train[:0])
+        labels = arrays.get(f"{split}_labels", np.full(len(images), -1))
+        if images.ndim == 3 or images.shape[3:] == (1,):
+            images = np.repeat(images.reshape(*images.shape[:3], 1), 3, axis=3)
+        if images.dtype != np.uint8 or images.shape[1:] != (*side, *side, 3):
+            raise InputError(f"{path}: {split}_images must be uint8 [N, H, H, 3] or [N, H, H], all "
+                             f"of one size, not {images.dtype} {list(images.shape)}")
+        if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "biu":
+            raise InputError(f"{path}: {split}_labels must be {len(images)} integers, not "
+                             f"{labels.dtype} {list(labels.shape)}")
+        arrays[f"{split}_images"] = images
+        arrays[f"{split}_labels"] = labels.reshape(-1).astype(np.int64)
+    if len(train) < 2 or side < (8,) or train.min() == train.max():
+        raise InputError(f"{path}: nothing can be learnt from {len(train)} training images of "
+                         f"{side[0]} pixels: at least two of 8 pixels, not all of one colour")
     return arrays
 
-def folder_items(folder):
-    """train/<class>/* and test/<class>/*, or train/* without classes, in sorted order."""
-    splits, items = [folder / split for split in ("train", "test")], {}
-    classes = {path.name: i for i, path in enumerate(
-        sorted(path for path in splits[0].glob("*") if path.is_dir()))}
-    for split in splits:
-        if classes:
-            items[split.name] = make_dataset(str(split), classes, IMG_EXTENSIONS, allow_empty=True)
-        else:
-            items[split.name] = [(path, -1) for path in sorted(split.glob("*"))
-                                 if path.suffix.lower() in IMG_EXTENSIONS]
-    if len(items["train"]) < 2:
-        raise InputError(f"{folder}/train holds {len(items['train'])} images: expected <class>/*, "
-                         "or images without folders")
-    return items
+def share(n, percent, flag):
+    """How many that percentage of n images is. Raises InputError if it is none, or over all."""
+    count = math.floor(n * percent / 100 + 1e-9)
+    if not 1 <= count <= n:
+        raise InputError(f"{flag} {percent:g} of {n} images is {count}: it must leave at least one "
+                         "and at most all")
+    return count
 
-def official(name, data_dir):
-    """The items of a data set of OFFICIAL, downloaded if they do not lie in `data_dir`."""
+# ---- Decoding pictures ------------------------------------------------------------------------
+def as_people_see_it(image):
+    """A PIL image in RGB, 8 bit: turned as its EXIF data say, transparency over white, 16-bit
+    grey scaled. Raises ValueError for a mode that has no such form."""
+    from PIL import Image, ImageOps                            # torchvision brings Pillow
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        deep = np.asarray(image)
+        if deep.min() < 0 or deep.max() > 65535:
+            raise ValueError("its grey values are beyond 16 bits")
+        image = Image.fromarray((deep / 257).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("mode F, 32-bit floating point, has no range of its own")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+def decode(splits, size, class_names=(), notes=()):
+    """The arrays of a data set from {"train": [(picture, label), ...], "test": ...}. Pictures are
+    paths or uint8 arrays [H, W, 3]; they are squashed to `size` with Lanczos. Files that are no
+    images are left out; InputError, naming all of them, if images cannot be read."""
+    from PIL import Image, UnidentifiedImageError
+    suffixes = Image.registered_extensions()
+    arrays, broken, left_out = {}, [], []
+
+    def read(row, picture):
+        """Puts the picture into `row`; returns whether it is an image."""
+        try:
+            if isinstance(picture, np.ndarray):
+                image = Image.fromarray(picture)
+            else:
+                image = as_people_see_it(Image.open(picture))
+            row[:] = image.resize((size, size), Image.Resampling.LANCZOS)
+            return True
+        except Exception as error:                             # PIL raises almost anything
+            suffix = Path(picture).suffix.lower()
+            if isinstance(error, UnidentifiedImageError) and suffix not in suffixes:
+                left_out.append(suffix or "no suffix")
+            else:
+                broken.append(f"{picture} ({first_line(error)})")
+            return False
+
+    for split, pairs in splits.items():
+        pictures, labels = zip(*pairs) if pairs else ((), ())
+        images = np.empty((len(pairs), size, size, 3), np.uint8)
+        with ThreadPoolExecutor() as pool:
+            good = np.array(list(pool.map(read, images, pictures)), bool)
+        arrays[f"{split}_images"] = images if good.all() else images[good]
+        arrays[f"{split}_labels"] = np.array(labels, np.int64)[good]
+    if broken:
+        raise InputError(f"{len(broken)} images cannot be read; repair or remove "
+                         f"{', '.join(sorted(broken)[:20])}")
+    if left_out:
+        told = f"left out: {len(left_out)} files that are no images ({', '.join(set(left_out))})"
+        notes = [*notes, told]
+    extras = zip(EXTRAS, (np.array(class_names, str), np.array(notes, str)))
+    return {**arrays, **dict(extras)}
+
+# ---- Folders of images ------------------------------------------------------------------------
+def hidden(name):
+    """Whether a file or folder is the system's own."""
+    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+
+def list_folder(folder):
+    """(the files below train/ and test/ in sorted order, relative to `folder`; a checksum of their
+    names, sizes and times). Hidden files and folders do not count."""
+    files, state = [], []
+    for split in ("train", "test"):
+        for root, folders, names in os.walk(folder / split, followlinks=True):
+            folders[:] = sorted(name for name in folders if not hidden(name))
+            for path in [Path(root, name) for name in sorted(names) if not hidden(name)]:
+                files.append(path.relative_to(folder))
+                if path.exists():                              # no dead link
+                    state.append((str(files[-1]), path.stat().st_size, path.stat().st_mtime))
+    return files, checksum(state)
+
+def read_folder(folder, files, size):
+    """The arrays of train/<class>/* and test/<class>/*, or of train/* if there are no classes."""
+    if not (folder / "train").is_dir():
+        raise InputError(f"{folder} holds no folder called train: images are looked for in "
+                         f"{folder}/train/<class>/ (or {folder}/train/) and {folder}/test/<class>/")
+    names = sorted({path.parts[1] for path in files if len(path.parts) > 2})
+    splits = {"train": [], "test": []}
+    for path in files:
+        if len(path.parts) > 2:
+            splits[path.parts[0]].append((folder / path, names.index(path.parts[1])))
+        elif not names:
+            splits[path.parts[0]].append((folder / path, -1))
+    notes = []
+    loose = len(files) - len(splits["train"]) - len(splits["test"])
+    if loose:
+        notes.append(f"left out: {loose} files that lie in no class folder")
+    if not splits["test"] and (folder / "val").is_dir():
+        notes.append("val/ is not read: call it test/ to use it as such")
+    if len(names) == 1:
+        notes.append(f"the only class folder in train/ is {names[0]}/")
+    return decode(splits, size, names, notes)
+
+# ---- Official data sets -----------------------------------------------------------------------
+class Source(NamedTuple):
+    """An official data set."""
+    read: Callable                         # data_dir -> {"train": [(picture, label), ...], "test"}
+    places: str                            # where in data_dir its archives are looked for
+    side: int = 32                         # in pixels
+
+def read_official(name, data_dir, size):
+    """The arrays of a data set of OFFICIAL, downloaded if it does not lie in `data_dir`."""
     try:
-        return OFFICIAL[name](Path(data_dir))
-    except Exception as error:                      # no network, a damaged archive, no scipy
-        raise InputError(f"cannot read {name} ({first_line(error)}): put its official archive or "
-                         f"{name}.npz into {data_dir}/ (README, Your own images)") from error
+        splits = OFFICIAL[name].read(data_dir)
+    except Exception as error:             # no network, a damaged archive, no scipy
+        places = ", ".join(f"{data_dir}/{place}" for place in OFFICIAL[name].places.split())
+        raise InputError(f"cannot read {name} ({first_line(error)}). It is looked for in {places}, "
+                         f"or decoded in {data_dir}/{name}.npz (README, Your own images). Delete a "
+                         "download that was interrupted") from error
+    return decode(splits, size)
 
-def fetched(folder, *archives):
-    """`folder`, into which the archives ((address, md5), ...) are downloaded and unpacked."""
-    for url, md5 in archives:
-        download_and_extract_archive(url, folder, md5=md5)
-    return folder
+def from_torchvision(make, train, test, pictures, labels, data_dir):
+    """One of torchvision's data sets: make(root, **train) and make(root, **test)."""
+    splits = {}
+    for split, options in (("train", train), ("test", test)):
+        dataset = make(data_dir, download=True, **options)
+        splits[split] = list(zip(getattr(dataset, pictures), getattr(dataset, labels)))
+    return splits
 
-def from_torchvision(make, pairs, train, test, **both):
-    """A reader of one of torchvision's data sets, make(root, **train) and make(root, **test), of
-    which pairs(it) are the items."""
-    return lambda data_dir: {split: list(pairs(make(data_dir, **own, **both)))
-                             for split, own in (("train", train), ("test", test))}
+def fetched(path, *archives):
+    """`path`, which is unpacked from the archives (url, md5) if it is not there."""
+    if not path.exists():
+        for url, md5 in archives:
+            download_and_extract_archive(url, path.parent, md5=md5)
+    return path
 
 def tinyimagenet(data_dir):
     """The validation images are the test split, as everywhere."""
-    address = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
-    folder = fetched(data_dir / "tinyimagenet", (address, "90528d7ca1a48142e341f4ef8d21d0de"))
-    root = folder / "tiny-imagenet-200"
-    classes = {path.name: i for i, path in enumerate(sorted((root / "train").iterdir()))}
-    lines = (root / "val/val_annotations.txt").read_text().splitlines()
-    val = [line.split("\t")[:2] for line in lines]
-    return {"train": make_dataset(str(root / "train"), classes, IMG_EXTENSIONS),
-            "test": [(root / "val/images" / file, classes[wnid]) for file, wnid in val]}
+    root = fetched(data_dir / "tinyimagenet/tiny-imagenet-200",
+                   ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                    "90528d7ca1a48142e341f4ef8d21d0de"))
+    train = datasets.ImageFolder(root / "train")
+    test = []
+    for line in (root / "val/val_annotations.txt").read_text().splitlines():
+        file, name = line.split("\t")[:2]
+        test.append((root / "val/images" / file, train.class_to_idx[name]))
+    return {"train": train.samples, "test": test}
 
 def cub2011(data_dir):
     """CUB-200-2011 in its official split."""
-    address = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
-    folder = fetched(data_dir / "cub2011", (address, "97eceeb196236b17998738112f37df78"))
-    root = folder / "CUB_200_2011"
-    paths, classes, in_train = (
-        dict(line.split() for line in (root / file).read_text().splitlines())
-        for file in ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
-    return {split: [(root / "images" / paths[i], int(classes[i]) - 1)
-                    for i in paths if in_train[i] == flag]
-            for split, flag in (("train", "1"), ("test", "0"))}
+    root = fetched(data_dir / "cub2011/CUB_200_2011",
+                   ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+                    "97eceeb196236b17998738112f37df78"))
+    tables = []
+    for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt"):
+        tables.append(dict(line.split() for line in (root / name).read_text().splitlines()))
+    paths, labels, in_train = tables
+    splits = {"train": [], "test": []}
+    for number, flag in in_train.items():
+        pair = root / "images" / paths[number], int(labels[number]) - 1
+        splits["train" if flag == "1" else "test"].append(pair)
+    return splits
 
 def dogs(data_dir):
     """Stanford Dogs in its official split."""
+    from scipy.io import loadmat                               # pip install scipy
     address = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
-    root = fetched(data_dir / "dogs", (address + "images.tar", None), (address + "lists.tar", None))
-    from scipy.io import loadmat                    # pip install scipy
-    lists = {k: loadmat(root / f"{k}_list.mat", squeeze_me=True) for k in ("train", "test")}
-    return {split: [(root / "Images" / str(file), int(label) - 1)
-                    for file, label in zip(m["file_list"], m["labels"])]
-            for split, m in lists.items()}
+    root = fetched(data_dir / "dogs/train_list.mat", (address + "images.tar", None),
+                   (address + "lists.tar", None)).parent
+    splits = {}
+    for split in ("train", "test"):
+        table = loadmat(root / f"{split}_list.mat", squeeze_me=True)
+        paths = [root / "Images" / str(file) for file in table["file_list"]]
+        splits[split] = list(zip(paths, table["labels"].astype(int) - 1))
+    return splits
 
-# ---- shapes: the embedded data set -----------------------------------------------------------
-def forms(x, y):
+def cars(data_dir):
+    """Stanford Cars, whose official download no longer works: a copy, however deep it lies."""
+    from scipy.io import loadmat                               # pip install scipy
+    root = data_dir / "stanford_cars"
+    splits = {}
+    for split, name in (("train", "cars_train_annos"), ("test", "cars_test_annos_withlabels")):
+        paths = {path.name: path for path in (root / f"cars_{split}").rglob("*.jpg")}
+        lists = sorted(root.rglob(f"{name}.mat"))
+        if not paths or not lists:
+            raise FileNotFoundError(f"there is no {name}.mat or no image in cars_{split}")
+        rows = loadmat(lists[0], squeeze_me=True)["annotations"]
+        splits[split] = [(paths[str(row["fname"])], int(row["class"]) - 1) for row in rows]
+    return splits
+
+# ---- shapes: the data set that is drawn here --------------------------------------------------
+def signed_distances(x, y):
     """Signed distances of points x, y to ten forms about 0, in radii."""
     r, u, v = np.hypot(x, y), abs(x), abs(y)
-    third, fifth = (np.arctan2(y, x) % (2 * np.pi / k) - np.pi / k for k in (3, 5))  # of a turn
-    return [r - 0.85,                                                             # disc
-            abs(r - 0.75) - 0.2,                                                  # ring
-            np.maximum(u, v) - 0.75,                                              # square
-            abs(np.maximum(u, v) - 0.68) - 0.18,                                  # frame
-            r * np.cos(third) - 0.5,                                              # triangle
-            np.minimum(np.maximum(u - 0.27, v - 0.95), np.maximum(u - 0.95, v - 0.27)),  # cross
-            r - 0.42 - 0.58 * abs(fifth * 5 / np.pi) ** 1.5,                      # star
-            np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y)),                    # crescent
-            np.maximum(v - 0.85, u - 0.9 * v - 0.08),                             # hourglass
-            np.minimum(np.hypot(u - 0.62, y) - 0.4, np.maximum(u - 0.6, v - 0.14))]  # dumbbell
+    angle = np.arctan2(y, x)
+    third = angle % (2 * np.pi / 3) - np.pi / 3
+    fifth = angle % (2 * np.pi / 5) - np.pi / 5
+    return [r - 0.85,                                                      # disc
+            abs(r - 0.75) - 0.2,                                           # ring
+            np.maximum(u, v) - 0.75,                                       # square
+            abs(np.maximum(u, v) - 0.68) - 0.18,                           # frame
+            r * np.cos(third) - 0.5,                                       # triangle
+            np.minimum(np.maximum(u - 0.27, v - 0.95), np.maximum(u - 0.95, v - 0.27)),    # cross
+            r - 0.42 - 0.58 * abs(fifth * 5 / np.pi) ** 1.5,               # star
+            np.maximum(r - 0.95, 0.75 - np.hypot(x - 0.5, y)),             # crescent
+            np.maximum(v - 0.85, u - 0.9 * v - 0.08),                      # hourglass
+            np.minimum(np.hypot(u - 0.62, y) - 0.4, np.maximum(u - 0.6, v - 0.14))]     # dumbbell
 
 def draw_shapes(n, size, rng):
     """(uint8 [n, size, size, 3], labels [n]): one of ten forms an image, in equal numbers.
@@ -363,143 +675,169 @@ def draw_shapes(n, size, rng):
     radius = rng.uniform(0.28, 0.4, (n, 1, 1)) * size
     centre = rng.uniform(0.4, 0.6, (2, n, 1, 1)) * size
     turn = rng.uniform(0, 2 * np.pi, (n, 1, 1))
-    dx, dy = (np.mgrid[:size, :size][:, None] + 0.5 - centre) / radius         # [n, size, size]
-    x, y = np.cos(turn) * dx + np.sin(turn) * dy, np.cos(turn) * dy - np.sin(turn) * dx
-    distance = np.choose(labels[:, None, None], forms(x, y)) * radius          # in pixels
-    cover = np.clip(0.5 - distance, 0, 1)[..., None]                           # antialiased
+    dx, dy = (np.mgrid[:size, :size][:, None] + 0.5 - centre) / radius     # [n, size, size]
+    x = np.cos(turn) * dx + np.sin(turn) * dy
+    y = np.cos(turn) * dy - np.sin(turn) * dx
+    distance = np.choose(labels[:, None, None], signed_distances(x, y)) * radius   # in pixels
+    cover = np.clip(0.5 - distance, 0, 1)[..., None]                       # antialiased
     hues = rng.normal(0, 0.06, (2, n, 1, 1, 3))
-    contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
+    sign = rng.choice([-1, 1], (n, 1, 1, 1))
+    contrast = sign * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
     ground, ink = 0.5 + hues - hues.mean(axis=-1, keepdims=True) + [-contrast, contrast]
     images = ground + cover * (ink - ground) + rng.normal(0, 0.06, (n, size, size, 3))
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8), labels
 
 def shapes(data_dir):
-    """The items of `shapes`."""
+    """4,000 images to train on and 4,000 to test on."""
     pairs = list(zip(*draw_shapes(8000, 24, np.random.default_rng(0))))
     return {"train": pairs[:4000], "test": pairs[4000:]}
 
-CIFAR = dict(pairs=lambda d: zip(d.data, d.targets), download=True,
-             train={"train": True}, test={"train": False})
-FILES = dict(pairs=lambda d: zip(d._image_files, d._labels), download=True, test={"split": "test"})
-OFFICIAL = {                                        # name: a reader of its items in a data_dir
-    "cifar10": from_torchvision(datasets.CIFAR10, **CIFAR),
-    "cifar100": from_torchvision(datasets.CIFAR100, **CIFAR),
-    "tinyimagenet": tinyimagenet,
-    "aircraft": from_torchvision(datasets.FGVCAircraft, train={"split": "trainval"}, **FILES),
-    "cub2011": cub2011,
-    "dogs": dogs,
-    "flowers": from_torchvision(datasets.Flowers102, train={"split": "train"}, **FILES),
-    "cars": from_torchvision(datasets.StanfordCars, lambda d: d._samples, {"split": "train"},
-                             {"split": "test"}),
-    "shapes": shapes,
+def torchvisions(make, train, test, pictures, labels, places):
+    """The Source of one of torchvision's data sets, see `from_torchvision`."""
+    return Source(functools.partial(from_torchvision, make, train, test, pictures, labels), places)
+
+CIFAR = {"train": True}, {"train": False}, "data", "targets"
+FILES = {"split": "test"}, "_image_files", "_labels"
+OFFICIAL = {
+    "cifar10": torchvisions(datasets.CIFAR10, *CIFAR, "cifar-10-python.tar.gz"),
+    "cifar100": torchvisions(datasets.CIFAR100, *CIFAR, "cifar-100-python.tar.gz"),
+    "tinyimagenet": Source(tinyimagenet, "tinyimagenet/tiny-imagenet-200.zip", side=64),
+    "aircraft": torchvisions(datasets.FGVCAircraft, {"split": "trainval"}, *FILES,
+                             "fgvc-aircraft-2013b.tar.gz"),
+    "cub2011": Source(cub2011, "cub2011/CUB_200_2011.tgz"),
+    "dogs": Source(dogs, "dogs/images.tar dogs/lists.tar"),
+    "flowers": torchvisions(datasets.Flowers102, {"split": "train"}, *FILES, "flowers-102/"
+                            "102flowers.tgz flowers-102/imagelabels.mat flowers-102/setid.mat"),
+    "cars": Source(cars, "stanford_cars/cars_train stanford_cars/cars_test stanford_cars/devkit "
+                   "stanford_cars/cars_test_annos_withlabels.mat"),
+    "shapes": Source(shapes, "", side=24),
 }
 
-# ---- Augmentation: a batch at a time, with its own parameters for every image ----------------
+# ---- Augmentation: a batch at a time, with parameters of its own for every image --------------
 def random_crops(n, size, scale, rng):
-    """Boxes of torchvision's RandomResizedCrop, (top, left, height, width), each [n].
+    """Boxes of torchvision's RandomResizedCrop: (top, left, height, width), each [n].
     A box covers a share of the image drawn from `scale` at an aspect ratio from [3/4, 4/3],
-    uniform in the logarithm; the first of ten draws that fits, the whole image if none does."""
+    uniform in the logarithm: the first of ten draws that fits, or the whole image if none does."""
     area = torch.empty(n, 10, device=rng.device).uniform_(*scale, generator=rng) * size * size
-    ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).exp()
-    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
-    fits = (width <= size) & (height <= size) & (width >= 1) & (height >= 1)
-    first, any_fits = fits.int().argmax(dim=1, keepdim=True), fits.any(dim=1)
-    width, height = (torch.where(any_fits, v.gather(1, first)[:, 0], size) for v in (width, height))
+    log_ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng)
+    ratio = log_ratio.exp()
+    widths = (area * ratio).sqrt().round()                                 # [n, 10]
+    heights = (area / ratio).sqrt().round()
+    fits = (widths <= size) & (heights <= size) & (widths >= 1) & (heights >= 1)
+    first = fits.int().argmax(dim=1, keepdim=True)                         # [n, 1]
+    any_fits = fits.any(dim=1)
+    width = torch.where(any_fits, widths.gather(1, first)[:, 0], size)
+    height = torch.where(any_fits, heights.gather(1, first)[:, 0], size)
     place = torch.rand(2, n, device=rng.device, generator=rng)
     top, left = (place * torch.stack([size - height + 1, size - width + 1])).floor()
     return top, left, height, width
 
+def linear_weights(start, length, pixels, size, mirror):
+    """[B, size, pixels]: the weights of linear interpolation from each image's `length` pixels,
+    from `start` on, to `size` pixels; backwards where `mirror`. start, length, mirror: [B]."""
+    centres = (torch.arange(size, device=start.device) + 0.5) / size       # in (0, 1)
+    centres = torch.where(mirror[:, None], 1 - centres, centres)           # [B, size]
+    length, start = length[:, None], start[:, None]
+    position = (centres * length - 0.5).clamp(min=0).minimum(length - 1) + start
+    pixel = torch.arange(pixels, device=start.device)
+    return (1 - (position[:, :, None] - pixel).abs()).clamp(min=0)         # [B, size, pixels]
+
 def resized_crop(images, box, size, flip):
     """Crops box i out of image i, resizes it bilinearly to `size` and mirrors it where `flip`.
-    images [B, C, H, W] float; box: top, left, height, width, each [B]. Interpolation is linear
-    in each direction, so the whole batch is two batched products with matrices of hat functions.
+    images [B, C, H, W] float; box: top, left, height, width, each [B] (or [1], one for all).
+    Interpolation is linear in each direction, so that the whole batch is two batched products.
     Nothing from beyond a box bleeds in. Equal to torchvision's where that does not shrink."""
-    def weights(start, length, pixels, mirror=None):
-        out = (torch.arange(size, device=images.device) + 0.5) / size      # centres in (0, 1)
-        out = out.expand(len(images), size)
-        if mirror is not None:
-            out = torch.where(mirror[:, None], 1 - out, out)
-        length, start = length[:, None], start[:, None]
-        position = (out * length - 0.5).clamp(min=0).minimum(length - 1) + start
-        pixel = torch.arange(pixels, device=images.device)
-        distance = (position[:, :, None] - pixel).abs()                    # [B, size, pixels]
-        return (1 - distance).clamp(min=0).to(images.dtype)
-
     top, left, height, width = box
-    rows = weights(top, height, images.shape[2])
-    columns = weights(left, width, images.shape[3], flip)
+    never = torch.zeros_like(flip)
+    rows = linear_weights(top, height, images.shape[2], size, never).to(images.dtype)
+    columns = linear_weights(left, width, images.shape[3], size, flip).to(images.dtype)
     return rows[:, None] @ images @ columns[:, None].transpose(2, 3)       # [B, C, size, size]
 
-def away(images, other, amount):
-    """Moves images in [0, 1] away from `other` by `amount` [B, 1, 1, 1] of the difference."""
+def jitter(name, images, amount):
+    """torchvision's adjust_<name> of images in [0, 1], with the factor 1 + amount; for "hue", whose
+    share is a quarter, with the shift amount / 4. amount: [B, 1, 1, 1]."""
+    if name == "hue":
+        return adjust_hue(images, amount / 4)
+    other = 0.0                                                # brightness: away from black
+    if name == "contrast":
+        other = rgb_to_grayscale(images).mean(dim=(1, 2, 3), keepdim=True)
+    elif name == "saturation":
+        other = rgb_to_grayscale(images)
     return (images + amount * (images - other)).clamp(0, 1)
 
 def adjust_hue(images, shift):
     """Turns the hue by shift [B, 1, 1, 1], in turns, at equal HSV saturation and value."""
-    value, low = images.amax(1), images.amin(1)                            # [B, H, W]
-    chroma = value - low
+    value = images.amax(1)                                                 # [B, H, W]
+    chroma = value - images.amin(1)
     r, g, b = images.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     below = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     hue = torch.where(value == r, (g - b) / safe, below)                   # sixths of a turn
     hue = hue + shift[:, 0] * 6
     channels = []
-    for offset in (5, 3, 1):              # HSV -> RGB: one trapezoid of the hue per channel
+    for offset in (5, 3, 1):               # HSV -> RGB: one trapezoid of the hue per channel
         k = (hue + offset) % 6
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels, 1)
 
-# torchvision's jitters as (images, amount): its factor is 1 + amount, its shift of hue amount / 4.
-JITTERS = {
-    "brightness": lambda x, amount: away(x, 0, amount),
-    "contrast": lambda x, amount: away(
-        x, rgb_to_grayscale(x).mean(dim=(1, 2, 3), keepdim=True), amount),
-    "saturation": lambda x, amount: away(x, rgb_to_grayscale(x), amount),
-    "hue": lambda x, amount: adjust_hue(x, amount / 4),
-}
+JITTERS = ["brightness", "contrast", "saturation", "hue"]
 
-def two_views(images, seed, scale=(0.08, 1.0), gray=0.2):
+@dataclass
+class Augmentation:
+    """One draw from A of Eq. 1, as a differentiable function of images [n, 3, H, H] in [0, 1].
+    size: H. box: top, left, height, width, each [n]. flip: [n]. amounts: of the four jitters,
+    [4, n, 1, 1, 1]. order: of the jitters, one for the batch. grey: [n, 1, 1, 1]."""
+    size: int
+    box: tuple
+    flip: torch.Tensor
+    amounts: torch.Tensor
+    order: list
+    grey: torch.Tensor
+
+    def __call__(self, images):
+        images = resized_crop(images, self.box, self.size, self.flip)
+        for name, amount in zip(self.order, self.amounts):
+            images = jitter(name, images, amount)
+        return torch.where(self.grey, rgb_to_grayscale(images), images)
+
+def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), grey=0.2):
+    """Two draws from A of Eq. 1 for n images of `size` pixels, fixed by `seed`: the recipe of A.1.
+    Random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
+    contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `grey`). Every image has its own
+    parameters; only the order of the jitters is drawn once for the batch."""
+    rng = torch.Generator(device).manual_seed(seed)
+    order_rng = np.random.default_rng(seed)
+    draws = []
+    for _ in range(2):
+        box = random_crops(n, size, scale, rng)
+        flip = torch.rand(n, device=device, generator=rng) < 0.5
+        strength = torch.rand(4, n, 1, 1, 1, device=device, generator=rng)
+        applied = torch.rand(n, 1, 1, 1, device=device, generator=rng) < 0.8
+        is_grey = torch.rand(n, 1, 1, 1, device=device, generator=rng) < grey
+        amounts = (0.8 * strength - 0.4) * applied
+        order = order_rng.permutation(JITTERS)
+        draws.append(Augmentation(size, box, flip, amounts, order, is_grey))
+    return draws
+
+def two_views(images, seed, scale=(0.08, 1.0), grey=0.2):
     """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1.
     images: uint8 [B, 3, H, H]. Returns two float tensors in [0, 1], not normalised. The rest as
-    in `draw_augmentations`. Raises ValueError on other images."""
+    in `draw_augmentations`. Raises ValueError for other images."""
     n, channels, height, width = images.shape
     if images.dtype != torch.uint8 or channels != 3 or height != width:
         raise ValueError("two_views takes square uint8 images [B, 3, H, H], not "
                          f"{images.dtype} {list(images.shape)}")
-    views = draw_augmentations(n, width, seed, images.device, scale, gray)
+    first, second = draw_augmentations(n, width, seed, images.device, scale, grey)
     images = images.float() / 255
-    return tuple(augment(images) for augment in views)
-
-def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), gray=0.2):
-    """Two draws from A of Eq. 1 for n images, as functions of images [n, 3, size, size] in [0, 1].
-    Random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
-    contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `gray`), the recipe of A.1.
-    Every image has its own parameters, which `seed` fixes; only the order of the jitters is
-    drawn once a view. The functions are differentiable and the same at every call."""
-    rng, orders = torch.Generator(device).manual_seed(seed), np.random.default_rng(seed)
-
-    def uniform(*shape):
-        return torch.rand(*shape, n, device=device, generator=rng)[..., None, None, None]
-
-    def draw():
-        box, flip = random_crops(n, size, scale, rng), uniform().flatten() < 0.5
-        amounts = (0.8 * uniform(4) - 0.4) * (uniform() < 0.8)
-        grey, order = uniform() < gray, orders.permutation([*JITTERS])
-
-        def augment(images):
-            images = resized_crop(images, box, size, flip)
-            for name, amount in zip(order, amounts):
-                images = JITTERS[name](images, amount)
-            return torch.where(grey, rgb_to_grayscale(images), images)
-        return augment
-    return draw(), draw()
+    return first(images), second(images)
 
 def shift_and_flip(images, seed):
-    """Float images [B, C, H, H] in [0, 1], each shifted by up to four pixels (black comes in)
-    and mirrored or not: random crop with padding, and flip. `seed` fixes the draw."""
-    rng, (n, _, _, size) = torch.Generator(images.device).manual_seed(seed), images.shape
+    """Float images [B, C, H, H] in [0, 1], each shifted by up to four pixels (black comes in) and
+    mirrored or not: random crop with padding, and flip. `seed` fixes the draw."""
+    n, _, _, size = images.shape
+    rng = torch.Generator(images.device).manual_seed(seed)
     top, left = torch.randint(9, (2, n), device=images.device, generator=rng)
     flip = torch.rand(n, device=images.device, generator=rng) < 0.5
     whole = torch.full((n,), size, device=images.device)
-    padded = F.pad(images, [4] * 4)
+    padded = F.pad(images, [4, 4, 4, 4])
     return resized_crop(padded, (top, left, whole, whole), size, flip)

@@ -2,109 +2,351 @@
 Mirzasoleiman, ICLR 2025).
 
     python mkdt.py --stage all --dataset shapes      minutes on a laptop: no GPU, no network
-    python mkdt.py --stage all --dataset cifar10     the paper's CIFAR-10, 2%: for a GPU
+    python mkdt.py --stage all --dataset cifar10     the paper's CIFAR-10 at 2%: for a GPU
 
-The file follows Algorithm 1 from top to bottom:
+The first half of this file is Algorithm 1 from top to bottom; the second half ties it to files:
 
-    teacher   line 1    train f_T with self-supervision (Eq. 1, 6); encode the data: Z_T
-    experts   line 2    train K students to match Z_T (Eq. 5, 7); keep theta*_0 .. theta*_T
-    init      line 3    D_syn: the images of highest loss (section 4.2), Z_syn: their rows of Z_T
-    distill   4 - 19    move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M
-                        epochs on the real data end (Eq. 4)
-    eval      section 5 pre-train on D_syn and probe linearly (eval.py)
-    figure1   Fig. 1    why trajectories of self-supervision cannot be matched (not in "all")
+    teacher   line 1      train f_T by self-supervision (Eq. 1, 6); encode the data: Z_T
+    experts   line 2      train K students to match Z_T (Eq. 5, 7); keep theta*_0 .. theta*_T
+    init      line 3      D_syn: the images of highest loss (section 4.2); Z_syn: their part of Z_T
+    distill   lines 4-19  move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M
+                          epochs on the real data end (Eq. 4)
+    eval      section 5   pre-train an encoder on D_syn and probe it linearly (eval.py)
+    figure1   Figure 1    why trajectories of self-supervision are hard to match (not in "all")
 
-A file that exists is a stage that is done; give the same command again and it goes on."""
+Each stage writes its result last, and a stage whose result exists is skipped. If a run is
+interrupted, run the same command again: it resumes from its last checkpoint."""
 import argparse
-import contextlib
+import ast
 import functools
-import hashlib
-import itertools
 import json
 import math
-import zlib
+import textwrap
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torchvision.utils import make_grid, save_image
 
-import eval as evaluation
-from data import (Diverged, Log, check_representations, follow, load, load_dataset,
-                  read_representations, restore, save, save_text, share, write_file)
-from eval import (can_compile, examples_of, highest, linear_scores, loss_per_image, project,
-                  read_results, read_targets, student, student_name, student_of, targets_of,
-                  teacher_of, write_results)
-from models import (ENCODERS, OBJECTIVES, RANK, RANKS, SSL, InputError, barrier, batches, build,
-                    command_line, compiled, encode, exhaust, flat_parameters, functional,
-                    rows_of_all_ranks, start, stream, sum_over_ranks, train)
+from data import (RANK, RANKS, Diverged, InputError, Log, Progress, barrier, checksum, command_line,
+                  first_line, load, load_dataset, rows_of_all_ranks, save, save_text, share, start,
+                  sum_over_ranks, whole_file)
+from eval import add_common_flags, compile_pays, evaluate, linear_scores
+from models import (OBJECTIVES, SSL, Compiled, Examples, Run, batches, build, encode, encoder,
+                    flat_parameters, functional, mean_loss, read_config, set_learning_rate, stream,
+                    student_name, teacher_network, two_projections)
 
-# ---- Settings: stage, default (CIFAR-10 at 2%), meaning. Each is a flag, kept in config.json ---
+# ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) --------------------------------------------
+def train_teacher(model, optimizer, data, s, progress):
+    """Trains `model`, an encoder and its projection head, by self-supervision (Eq. 6). The ranks
+    share each batch; the loss, in float32, is of the projections of all of them."""
+    method = SSL[s.ssl]
+    batch_size = teacher_batch_size(data, s)
+    steps_per_epoch = len(data.train_images) // batch_size
+    network = model
+    if s.compile and s.device.type == "cuda" and RANKS == 1:
+        network = Compiled(model)
+    half = s.bf16 == "on" or (s.bf16 == "auto" and s.device.type == "cuda")
+
+    def project(x):
+        with torch.autocast(s.device.type, torch.bfloat16, enabled=half):
+            return network(x)
+
+    order = batches(len(data.train_images), batch_size, s.teacher_epochs, s.seed, "teacher order",
+                    s.device, drop_last=True, first=progress.first_step)
+    for step, batch in order:
+        images = data.train_images[batch[RANK::RANKS]]
+        draw = s.seed, "teacher views", step * RANKS + RANK
+        z1, z2 = two_projections(project, images, data, s, draw)
+        loss = method.loss(rows_of_all_ranks(z1), rows_of_all_ranks(z2), s)
+        lr = method.schedule(step, progress.total, steps_per_epoch, s.teacher_lr)
+        set_learning_rate(optimizer, lr)
+        optimizer.zero_grad()
+        loss.backward()
+        sum_over_ranks([p.grad for p in model.parameters()])
+        optimizer.step()
+        progress(step + 1, loss=loss.detach())
+
+def teacher_batch_size(data, s):
+    """Images a step of the teacher's: at most all, in equal shares for the ranks."""
+    return min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS
+
+# ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) --------------------------------------------
+def train_expert(student, loss, order, examples, s, seed, progress):
+    """One expert trajectory (Eq. 7): `student` by SGD at a constant learning rate on loss(x, y),
+    the mean of Eq. 5, for s.expert_epochs epochs. MTT-SSL's experts are trained by Adam (A.2).
+    order: the (step, batch) of all epochs. examples(batch, draw) -> x, y.
+    Returns theta*_0 .. theta*_T, [T + 1, P] on the CPU, and the mean loss of each epoch."""
+    if s.objective == "ssl":
+        optimizer = torch.optim.Adam(student.parameters(), s.expert_lr, weight_decay=s.expert_decay)
+    else:
+        optimizer = torch.optim.SGD(student.parameters(), s.expert_lr, s.expert_momentum,
+                                    weight_decay=s.expert_decay)
+    steps_per_epoch = len(order) // s.expert_epochs
+    trajectory = [flat_parameters(student).cpu()]
+    losses = []
+    for step, batch in order:
+        x, y = examples(batch, (seed, "expert views", step))
+        value = loss(x, y)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        losses.append(value.detach())
+        if (step + 1) % steps_per_epoch == 0:
+            trajectory.append(flat_parameters(student).cpu())  # a copy, not the live weights
+        progress(step + 1, loss=value.detach())
+    return torch.stack(trajectory), torch.stack(losses).view(s.expert_epochs, -1).mean(dim=1)
+
+# ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) ------------------------------
+def loss_per_image(f, thetas, data, z, objective):
+    """The loss of section 4.2 of each training image to its row of Z_T, a mean over the experts
+    `thetas` after their first epoch. [n]"""
+    losses = []
+    for theta in thetas:
+        outputs = encode(functools.partial(f, theta), data.train_images, data.normalize)
+        losses.append(objective.loss(outputs, z).view(len(z), -1).mean(dim=1))
+    return torch.stack(losses).mean(dim=0)
+
+def high_loss(data, targets, order, count, rng):
+    """The images of the highest loss (section 4.2), the largest first."""
+    return subset(data, targets, order[:count])
+
+def random_images(data, targets, order, count, rng):
+    """Images drawn uniformly: "MKDT (Rnd Sub)" in Table 2."""
+    return subset(data, targets, torch.randperm(len(data.train_images), generator=rng)[:count])
+
+def subset(data, targets, chosen):
+    """(normalised images [n, 3, H, W], their targets) of the indices `chosen`."""
+    images = data.normalize(data.train_images[chosen])
+    return images, None if targets is None else targets[chosen]
+
+# Name of --init: make(data, Z_T [N, d] or labels [N], the indices of all images by their loss of
+# section 4.2, how many images, a torch.Generator) -> normalised images, their targets.
+STARTS = {"high_loss": high_loss, "random": random_images}
+
+# ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) ---------------------------------
+def matching_loss(loss, theta, target, images, lr, steps):
+    """L_DD of Eq. 4 as the paper states it: N steps of Eq. 8 on the distilled images from `theta`,
+    then the distance to `target`, relative to where it began. The arguments are those of
+    `matching_gradient`, but for loss(theta, x, y). It is differentiable in `images` and `lr`, in
+    memory that grows with N."""
+    theta_n = theta
+    for batch, y in steps:
+        gradient = torch.func.grad(loss)(theta_n, images[batch], y)
+        theta_n = theta_n - lr * gradient                                              # Eq. 8
+    return (theta_n - target).square().sum() / (theta - target).square().sum()         # Eq. 4
+
+class InnerStep:
+    """A step of Eq. 8 of a loss(theta, x, y), and what is needed to go back through it:
+
+    gradient(theta, x, y) = g = dL/dtheta, of which Eq. 8 subtracts alpha_syn g
+    adjoint(theta, x, y, v) = (H v, d(g . v)/dx, g . v), where H = dg/dtheta. Differentiating the
+        scalar g . v, itself made of a gradient, gives all three; H is never formed.
+    compile(f) returns a faster f."""
+
+    def __init__(self, loss, compile=None):
+        gradient = torch.func.grad(loss)
+
+        def adjoint(theta, x, y, v):
+            def g_dot_v(theta, x):
+                return gradient(theta, x, y) @ v
+            (hv, gx), gv = torch.func.grad_and_value(g_dot_v, argnums=(0, 1))(theta, x)
+            return hv, gx, gv
+
+        self.gradient = gradient
+        self.adjoint = adjoint
+        if compile:
+            self.gradient = compile(gradient)
+            self.adjoint = compile(adjoint)
+
+def matching_gradient(step, theta, target, images, lr, steps):
+    """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate: what
+    differentiating `matching_loss` gives, in the memory of one step and N vectors [P].
+
+    step: an InnerStep. theta, target: theta*_t and theta*_{t+M}, [P]. images [n, ...]. lr:
+    alpha_syn. steps: the N pairs (b_n, y_n) of image indices and their part of Z_syn.
+
+    Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, y_n)
+    Backward, v_n = dL_DD / dtheta_n, H_n = dg_n / dtheta_n:
+        v_N = 2 (theta_N - target) / ||theta_0 - target||^2                         (Eq. 4)
+        v_n = (I - lr H_n)^T v_{n+1} = v_{n+1} - lr H_n v_{n+1}           (H_n is symmetric)
+        dL_DD / dx_{b_n} += -lr d(g_n . v_{n+1}) / dx      dL_DD / dlr += -g_n . v_{n+1}
+
+    Returns (loss, gradient of the images, gradient of the learned rate)."""
+    theta = theta.detach()
+    target = target.detach()
+    images = images.detach()
+    lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device).detach()
+    thetas = [theta]
+    for batch, y in steps:
+        thetas.append(thetas[-1] - lr * step.gradient(thetas[-1], images[batch], y))
+
+    end = thetas.pop()
+    scale = (theta - target).square().sum()
+    v = 2 * (end - target) / scale
+    grad_images = torch.zeros_like(images)
+    grad_lr = torch.zeros_like(lr)
+    for theta_n, (batch, y) in zip(reversed(thetas), reversed(steps)):
+        hv, gx, gv = step.adjoint(theta_n, images[batch], y, v)
+        grad_images.index_add_(0, batch.to(images.device), gx * -lr)
+        grad_lr -= gv
+        v = v - lr * hv
+    return (end - target).square().sum() / scale, grad_images, grad_lr
+
+def bound(grad_images, grad_lr, lr, pixel_lr, syn_lr_lr, limit):
+    """The gradients [n, 3, H, W] and [], scaled so that, before momentum, SGD at the rates pixel_lr
+    and syn_lr_lr moves no image by more than `limit` (root mean square, in standard deviations) and
+    the learned rate `lr` by no more than that share of itself; and the number of images that this
+    touched. It is ours: one start at t = 0 can have gradients hundreds of times the usual, which
+    would ruin the images at once. limit = 0: no bound."""
+    if limit == 0:
+        return grad_images, grad_lr, torch.zeros_like(grad_lr)
+    rms = pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()     # [n, 1, 1, 1]
+    scale = (limit / rms).clamp(max=1)
+    most = limit * lr.abs() / syn_lr_lr
+    return grad_images * scale, grad_lr.clamp(-most, most), (scale < 1).sum()
+
+def draw_batches(n, count, batch_size, rng, device="cpu"):
+    """`count` mini-batches of 0..n-1: permutations, cut into pieces of `batch_size`."""
+    drawn = []
+    while len(drawn) < count:
+        drawn += torch.randperm(n, generator=rng).to(device).split(batch_size)
+    return drawn[:count]
+
+@dataclass
+class Distilled:
+    """A distilled set: D_syn [n, 3, H, W], normalised; Z_syn [n, d] (labels [n], or None for
+    views), which stays fixed; alpha_syn []; and D_syn as it began."""
+    images: torch.Tensor
+    targets: torch.Tensor
+    lr: torch.Tensor
+    initial: torch.Tensor
+
+def new_distilled(images, targets, s):
+    """Lines 3 and 4: the Distilled set as distillation begins, and the SGD of line 18."""
+    syn = Distilled(images.clone(), targets, images.new_tensor(s.syn_lr), images)
+    groups = [{"params": [syn.images], "lr": s.pixel_lr}, {"params": [syn.lr], "lr": s.syn_lr_lr}]
+    return syn, torch.optim.SGD(groups, momentum=s.syn_momentum)
+
+def distill(step, experts, syn, optimizer, targets_of, s, progress):
+    """Algorithm 1, lines 5 - 19: moves syn.images and syn.lr, in place.
+
+    step: the InnerStep of the students' loss. experts: K trajectories [T + 1, P]. targets_of(batch,
+    draw): Z_syn of the images `batch` (for MTT-SSL two views, from the stream `draw`). Several
+    ranks draw one trajectory each and average their gradients."""
+    device = syn.images.device
+    for iteration in range(progress.first_step, s.iterations):                         # line 5
+        draw = s.seed, "distill", iteration * RANKS + RANK
+        rng = stream(*draw)
+        expert = experts[torch.randint(len(experts), (), generator=rng)]               # line 6
+        t = torch.randint(s.max_start_epoch + 1, (), generator=rng)                    # line 7
+        theta = expert[t].to(device)                                                   # line 8
+        target = expert[t + s.match_epochs].to(device)                                 # line 9
+        steps = []
+        drawn = draw_batches(len(syn.images), s.syn_steps, s.syn_batch, rng, device)
+        for n, batch in enumerate(drawn):                                              # 10 - 12
+            steps.append((batch, targets_of(batch, (*draw, n))))
+        loss, grad_images, grad_lr = matching_gradient(                                # 13 - 17
+            step, theta, target, syn.images, syn.lr, steps)
+        sum_over_ranks([loss, grad_images, grad_lr])
+        syn.images.grad, syn.lr.grad, bounded = bound(
+            grad_images / RANKS, grad_lr / RANKS, syn.lr, s.pixel_lr, s.syn_lr_lr, s.clip)
+        optimizer.step()                                                               # line 18
+        moved = (syn.images - syn.initial).abs().mean()        # of a pixel, in standard deviations
+        progress(iteration + 1, loss=loss / RANKS, lr=syn.lr.clone(), bounded=bounded, moved=moved)
+
+# ---- Settings: each is a flag of the command line and is kept in config.json -------------------
+class Setting(NamedTuple):
+    """A setting. only: another setting and the value of it at which alone this one plays a role."""
+    default: object                        # the paper's CIFAR-10 at 2%, where the paper says it
+    help: str
+    low: float = 0
+    high: float = math.inf
+    choices: tuple = ()
+    only: tuple = ()
+
 SETTINGS = {
-    "train_images": ("teacher", 0, "use the first so many training images; 0: all"),
-    "image_size": ("teacher", 0, "side in pixels to squash images to; 0: their own (folders: 32)"),
-    "representations": ("teacher", "", "file .pt or .npy [n, d] of any other model: no teacher"),
-    "ssl": ("teacher", "barlow", f"self-supervised loss: {', '.join(SSL)}"),
-    "teacher_width": ("teacher", 64, "channels of the ResNet-18, whose last stage has 8 x more"),
-    "teacher_epochs": ("teacher", 1000, "epochs of self-supervised training (simclr: 400)"),
-    "teacher_batch": ("teacher", 256, "images a step, two views of each (simclr: 512)"),
-    "teacher_lr": ("teacher", 0.01, "peak rate of Adam (simclr: 0.001, constant)"),
-    "teacher_decay": ("teacher", 1e-6, "weight decay of Adam"),
-    "lambd": ("teacher", 1 / 128, "weight of Eq. 1's off-diagonal terms"),
-    "temperature": ("teacher", 0.5, "temperature of SimCLR's loss"),
-    "crop_scale": ("teacher", 0.08, "smallest share of an image's area that a random crop keeps"),
-    "gray": ("teacher", 0.2, "probability that a view is made grey"),
-    "max_pool": ("teacher", 0, "1: the teacher's stem ends in max-pooling (TinyImageNet)"),
-    "standardize": ("teacher", 0, "1: the teacher ends in batch norm: all of Z_T counts alike"),
-    "bf16": ("teacher", "auto", "the teacher in bfloat16: on, off, or auto: on a GPU"),
-    "objective": ("experts", "mse", f"what students minimise: {', '.join(OBJECTIVES)}"),
-    "student": ("experts", "convnet", "the student, a name in models.ENCODERS"),
-    "width": ("experts", 128, "channels of the student"),
-    "expert_epochs": ("experts", 7, "epochs of expert training: none after T+ + M is ever read"),
-    "expert_lr": ("experts", 0.1, "rate of SGD"),
-    "expert_momentum": ("experts", 0.9, "momentum of SGD"),
-    "expert_decay": ("experts", 1e-4, "weight decay of SGD"),
-    "expert_batch": ("experts", 256, "images a step"),
-    "same_start": ("experts", 0, "1: all experts begin at one network (Figure 1)"),
-    "experts": ("init", 100, "K, the number of expert trajectories"),
-    "init": ("init", "high_loss", "the initial images, a name in STARTS"),
-    "percent": ("init", 2.0, "size of the distilled set in percent of the training images"),
-    "syn_steps": ("distill", 40, "N, steps on the distilled set in an iteration"),
-    "match_epochs": ("distill", 2, "M, epochs on the real data from start to target"),
-    "max_start_epoch": ("distill", 5, "T+, the last epoch to start from (inclusive)"),
-    "pixel_lr": ("distill", 1000.0, "rate of SGD on the distilled images"),
-    "syn_lr": ("distill", 0.1, "alpha_0, the initial learned rate"),
-    "syn_lr_lr": ("distill", 1e-4, "rate of SGD on the learned rate"),
-    "syn_momentum": ("distill", 0.5, "momentum of both"),
-    "syn_batch": ("distill", 256, "distilled images a step"),
-    "clip": ("distill", 0.1, "bound on an iteration's step of images, and of the rate; 0: none"),
-    "iterations": ("", 5000, "S, the number of distillation iterations; may be raised later"),
-    "pretrain_epochs": ("distill", 20, "epochs of pre-training on the distilled set (Eq. 9)"),
-    "pretrain_batch": ("distill", 256, "images a pre-training step"),
-    "pretrain_lr": ("distill", 0.1, "rate of pre-training on real images"),
+    "teacher": {
+        "train_images": Setting(0, "use so many training images, drawn at random; 0: all"),
+        "image_size": Setting(0, "side in pixels to squash images to; 0: their own (folders: 32)"),
+        "representations": Setting("", "file .pt or .npy [n, d] of any other model: no teacher"),
+        "ssl": Setting("barlow", "self-supervised loss", choices=SSL),
+        "teacher_width": Setting(64, "channels of the ResNet-18, whose last stage has 8 x more", 1),
+        "teacher_epochs": Setting(1000, "epochs of self-supervised training (simclr: 400)", 1),
+        "teacher_batch": Setting(256, "images a step, two views of each (simclr: 512)", 2),
+        "teacher_lr": Setting(0.01, "peak learning rate of Adam (simclr: 0.001, constant)"),
+        "teacher_decay": Setting(1e-6, "weight decay of Adam"),
+        "lambd": Setting(1 / 128, "weight of Eq. 1's off-diagonal terms", only=("ssl", "barlow")),
+        "temperature": Setting(0.5, "temperature of SimCLR's loss", 1e-6, only=("ssl", "simclr")),
+        "crop_scale": Setting(0.08, "smallest share of an image that a random crop keeps", 1e-6, 1),
+        "grey": Setting(0.2, "probability that a view is made grey", 0, 1),
+        "max_pool": Setting(0, "1: the teacher's stem ends in max-pooling (TinyImageNet)", 0, 1),
+        "standardize": Setting(0, "1: the teacher ends in batch norm, so all of Z_T counts", 0, 1),
+        "bf16": Setting("auto", "the teacher in bfloat16", choices=("auto", "on", "off")),
+    },
+    "experts": {
+        "objective": Setting("mse", "what students minimise (ce: MTT's)", choices=OBJECTIVES),
+        "student": Setting("convnet", "the student, a name in models.ENCODERS"),
+        "width": Setting(128, "channels of the student", 1),
+        "expert_epochs": Setting(7, "epochs of expert training: none after T+ + M is ever read", 1),
+        "expert_lr": Setting(0.1, "learning rate of SGD"),
+        "expert_momentum": Setting(0.9, "momentum of SGD"),
+        "expert_decay": Setting(1e-4, "weight decay of SGD"),
+        "expert_batch": Setting(256, "images a step", 1),
+        "same_start": Setting(0, "1: all experts begin at one network (Figure 1)", 0, 1),
+    },
+    "init": {
+        "experts": Setting(100, "K, the number of expert trajectories; may be raised later", 1),
+        "init": Setting("high_loss", "the initial images", choices=STARTS),
+        "percent": Setting(2.0, "size of the distilled set, of the training images", 0, 100),
+    },
+    "distill": {
+        "syn_steps": Setting(40, "N, steps on the distilled set in an iteration", 1),
+        "match_epochs": Setting(2, "M, epochs on the real data from start to target", 1),
+        "max_start_epoch": Setting(5, "T+, the last epoch to start from (inclusive)"),
+        "pixel_lr": Setting(1000.0, "learning rate of SGD on the distilled images"),
+        "syn_lr": Setting(0.1, "alpha_0, the initial value of the learned rate alpha_syn"),
+        "syn_lr_lr": Setting(1e-4, "learning rate of SGD on alpha_syn"),
+        "syn_momentum": Setting(0.5, "momentum of both"),
+        "syn_batch": Setting(256, "distilled images a step", 1),
+        "clip": Setting(0.1, "bound on an iteration's step of images and of alpha_syn; 0: none"),
+    },
+    "length": {
+        "iterations": Setting(5000, "S, distillation iterations; may be raised later", 1),
+    },
+    "eval": {
+        "pretrain_epochs": Setting(20, "epochs of pre-training on the distilled set (Eq. 9)", 1),
+        "pretrain_batch": Setting(256, "images a step of pre-training", 1),
+        "pretrain_lr": Setting(0.1, "learning rate of pre-training on real images"),
+    },
 }
+TITLES = {"teacher": "teacher (Algorithm 1, line 1)", "experts": "experts (line 2)",
+          "init": "initial distilled set (line 3)", "distill": "distillation (lines 4 - 19)",
+          "length": "length", "eval": "evaluation (section 5; more: eval.py --help)"}
 
-# What differs by data set: peers' recipes for the teacher; by percent: Tables 8 and 9.
+# What differs by data set (the teacher: peers' recipes), and by percentage (Tables 8 and 9).
 DATASETS = {
-    "cifar10": {}, "cifar100": {},
-    "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, gray=0.1, max_pool=1, expert_epochs=4),
+    "cifar10": {},
+    "cifar100": {},
+    "tinyimagenet": dict(lambd=1 / 1024, crop_scale=0.2, grey=0.1, max_pool=1, expert_epochs=4),
     "shapes": dict(teacher_width=16, teacher_epochs=12, teacher_batch=64, teacher_lr=6e-3,
-                   crop_scale=0.6, gray=1.0, max_pool=1, standardize=1, width=16, experts=24,
+                   crop_scale=0.6, grey=1.0, max_pool=1, standardize=1, width=16, experts=24,
                    expert_epochs=3, expert_lr=0.05, expert_batch=64, percent=1.0, init="random",
                    syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
-ROW = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
-ROWS = {                                   # N, M, T+, pixel_lr
-    ("cifar10", 2): (40, 2, 5, 1e3),
-    ("cifar10", 5): (40, 2, 5, 1e4),
-    ("cifar100", 2): (40, 2, 2, 1e3),
-    ("cifar100", 5): (40, 2, 5, 1e4),
-    ("tinyimagenet", 2): (10, 2, 2, 1e5),
-    ("tinyimagenet", 5): (10, 2, 2, 1e5),
-    ("shapes", 1): (30, 1, 2, 3e3),
+TABLES_8_AND_9 = {
+    ("cifar10", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
+    ("cifar10", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
+    ("cifar100", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=2, pixel_lr=1e3),
+    ("cifar100", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
+    ("tinyimagenet", 2): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
+    ("tinyimagenet", 5): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
+    ("shapes", 1): dict(syn_steps=30, match_epochs=1, max_start_epoch=2, pixel_lr=3e3),   # ours
 }
-VARIED = "percent", "ssl", "objective", "init"             # in the paper's tables
-FREE = "clip", "expert_epochs", "iterations"               # beside its values all the same
-# A.2 names no rate for the inner steps of MTT; its public code begins at that of MTT's experts.
+# A.2 names no learning rate for the inner steps of MTT; its public code begins at its experts'.
 MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
 BY_LOSS = {
     ("ssl", "simclr"): dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3),
@@ -113,471 +355,504 @@ BY_LOSS = {
                               expert_decay=0.0, **MTT),
 }
 
-# ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) -------------------------------------------
-def train_teacher(network, optimizer, data, s, first=0):
-    """Trains `network`, an encoder and its projection head, by self-supervision (Eq. 6). Ranks
-    share each batch; the loss, in float32, is of the rows of all. Yields as `train`."""
-    n, size, (loss_of, _, schedule) = len(data.train_images), batch_of(data, s), SSL[s.ssl]
-    bf16 = s.bf16 == "on" or s.bf16 == "auto" and s.device.type == "cuda"
+def resolve(dataset, given, image_size=32):
+    """All settings of a run on `dataset`, {name: value}: the paper's, changed by those of the data
+    set, of the percentage and of the losses, and by `given`; and sentences on what was chosen."""
+    known = dataset
+    if dataset not in DATASETS:
+        known = "tinyimagenet" if image_size >= 64 else "cifar10"
+    defaults = {name: setting.default for name, setting in all_settings()}
+    percent = {**defaults, **DATASETS[known], **given}["percent"]
+    published = [p for name, p in TABLES_8_AND_9 if name == known]
+    row = min(published, key=lambda p: abs(p - percent))
+    values = {**defaults, **BY_LOSS.get(("ssl", given.get("ssl")), {}), **DATASETS[known],
+              **TABLES_8_AND_9[known, row],
+              **BY_LOSS.get(("objective", given.get("objective")), {}), **given}
+    notes = []
+    if known != dataset:
+        notes.append(f"{dataset} has no published settings: using those of {known} at {row}%")
+    elif percent not in published:
+        notes.append(f"there are no published settings for {percent:g}% of {known}: using those of "
+                     f"{row}%")
+    check_settings(values)
+    return values, notes
 
-    def f(x):
-        with torch.autocast(s.device.type, torch.bfloat16, enabled=bf16):
-            return network(x)
+def all_settings():
+    """[(name, Setting), ...]"""
+    return [pair for settings in SETTINGS.values() for pair in settings.items()]
 
-    def loss(batch, step):
-        images, draw = data.train_images[batch[RANK::RANKS]], step * RANKS + RANK
-        z1, z2 = project(f, images, data, s, (s.seed, "teacher views", draw))
-        return loss_of(rows_of_all_ranks(z1), rows_of_all_ranks(z2), s)
+def check_settings(values):
+    """Raises InputError for a setting that cannot be."""
+    for name, setting in all_settings():
+        value = values.get(name, setting.default)
+        flag = f"--{name.replace('_', '-')} {value}"
+        if setting.choices and value not in setting.choices:
+            raise InputError(f"{flag}: choose from {', '.join(setting.choices)}")
+        if isinstance(value, str):
+            continue
+        if not setting.low <= value <= setting.high or value == math.inf:
+            upper = f" and at most {setting.high:g}" if setting.high < math.inf else ""
+            raise InputError(f"{flag} must be finite, at least {setting.low:g}{upper}")
+    if values.get("representations") and values.get("standardize"):
+        raise InputError("--standardize 1 changes the teacher, and with --representations there is "
+                         "none: standardise the file yourself")
 
-    order = batches(n, size, s.teacher_epochs, s.seed, "teacher order", s.device, drop_last=True)
-    steps = s.teacher_epochs * (n // size)
-    return train(loss, optimizer, itertools.islice(order, first, None),
-                 lambda step: schedule(step, steps, n // size, s.teacher_lr))
+def plays_a_role(values, stage, name, setting):
+    """Whether a setting makes a difference to a run with these settings."""
+    if values[name] == "" or setting.only and values[setting.only[0]] != setting.only[1]:
+        return False
+    return stage != "teacher" or not values["representations"] or name in BY_CONTENTS
 
-def batch_of(data, s):
-    """Images a step of the teacher's: at most all, in equal shares for the ranks."""
-    return min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS
+# Settings that decide what the images and the representations are, which are known by contents.
+BY_CONTENTS = "train_images", "image_size", "representations"
 
+# ---- The stages: what ties the above to files -------------------------------------------------
 def teacher_stage(run):
     """teacher.pt, representations.pt: Z_T [n, d], representations_test.pt."""
-    s, data, folder = run.s, run.data, run.run_dir
-    path = folder / "representations.pt"
-    if path.exists() or OBJECTIVES[s.objective][1] != "representations":
+    s, data = run.s, run.data
+    path = run.run_dir / "representations.pt"
+    if path.exists() or run.objective.target != "representations":
         return
     if s.representations:
-        z = read_representations(s.representations)
-        check_representations(z, len(data.train_images), s.representations)
-        return save(path, z)
-    f_T = build(lambda: teacher_of(s, data.image_size), s.seed, "teacher")
-    head = build(lambda: SSL[s.ssl][1](f_T.feature_dim), s.seed, "projector")
+        if RANK == 0:
+            save(path, read_representations(s.representations, len(data.train_images)))
+        return
+    f_T = build(functools.partial(teacher_network, s, data.image_size), s.seed, "teacher")
+    head = build(functools.partial(SSL[s.ssl].projector, f_T.feature_dim), s.seed, "projector")
     model = torch.nn.Sequential(f_T, head).to(s.device).to(memory_format=torch.channels_last)
-    if RANKS > 1 and s.device.type == "cuda":                      # torch has it for GPUs only
+    if RANKS > 1 and s.device.type == "cuda":                  # torch has it for GPUs only
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
-    optimizer.register_step_pre_hook(
-        lambda *_: sum_over_ranks([p.grad for p in model.parameters()]))
-    network = compiled(model, s.compile and s.device.type == "cuda" and RANKS == 1)
-    checkpoint, state = folder / "teacher_checkpoint.pt", dict(model=model, optimizer=optimizer)
-    loop = train_teacher(network, optimizer, data, s, restore(checkpoint, **state))
-    steps = s.teacher_epochs * (len(data.train_images) // batch_of(data, s))
-    for step, _ in follow("teacher", loop, steps, run.log, checkpoint, **state):
-        if data.labelled and step % max(1, steps // 3) == 0 and RANK == 0:
+    steps = s.teacher_epochs * (len(data.train_images) // teacher_batch_size(data, s))
+
+    def probe(step):
+        """Says how well the teacher does so far, if there are enough labels."""
+        if RANK == 0 and data.labelled and (data.train_labels >= 0).sum() >= 20:
             model.eval()
-            with contextlib.suppress(ValueError):                  # too few labels
-                probe, = linear_scores(model[0], data, [5], s.seed)
-                run.log("teacher", step, steps, probe=probe)
+            run.log("teacher", step, steps, probe=linear_scores(model[0], data, [5], s.seed)[0])
             model.train()
+
+    checkpoint = run.run_dir / "teacher_checkpoint.pt"
+    advice = f"Lower --teacher-lr (now {s.teacher_lr:g}). The last checkpoint is intact."
+    progress = Progress("teacher", steps, run.log, checkpoint, advice, max(1, steps // 3), probe,
+                        model=model, optimizer=optimizer)
+    train_teacher(model, optimizer, data, s, progress)
     model.eval()
-    z, z_test = (encode(model[0], images, data.normalize).cpu()
-                 for images in (data.train_images, data.test_images))
-    check_representations(z, len(z), "the teacher (lower --teacher-lr, in another --run-dir)")
+    z = encode(model[0], data.train_images, data.normalize).cpu()
+    check_representations(z, len(z), f"the teacher failed: lower --teacher-lr {s.teacher_lr}")
     if RANK == 0:
-        save(folder / "teacher.pt", model[0].state_dict())
-        save(folder / "representations_test.pt", z_test)
-        save(path, z)                                              # last: the stage is done
+        save(run.run_dir / "teacher.pt", model[0].state_dict())
+        if len(data.test_images):
+            z_test = encode(model[0], data.test_images, data.normalize)
+            save(run.run_dir / "representations_test.pt", z_test.cpu())
+        save(path, z)                                          # last: the stage is done
         checkpoint.unlink(missing_ok=True)
 
-# ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) -------------------------------------------
-def train_expert(model, loss, order, examples, s, seed):
-    """An expert (Eq. 7): `model` by SGD on loss(x, y), the mean of Eq. 5's, on the examples of
-    s.expert_epochs epochs of `order`, at a constant rate. MTT-SSL's experts take Adam (A.2).
-    Returns theta*_0 .. theta*_T, [T + 1, P] on the CPU, and each epoch's mean loss."""
-    if s.objective == "ssl":
-        optimizer = torch.optim.Adam(model.parameters(), s.expert_lr, weight_decay=s.expert_decay)
-    else:
-        optimizer = torch.optim.SGD(model.parameters(), s.expert_lr, s.expert_momentum,
-                                    weight_decay=s.expert_decay)
-    order, thetas, losses = list(order), [flat_parameters(model).cpu()], []
-    loop = train(lambda batch, step: loss(*examples(batch, (seed, "expert views", step))),
-                 optimizer, order)
-    for step, values in loop:
-        losses.append(values["loss"])
-        if step * s.expert_epochs % len(order) == 0:
-            thetas.append(flat_parameters(model).cpu())             # a copy, not live weights
-    return torch.stack(thetas), torch.stack(losses).view(s.expert_epochs, -1).mean(dim=1)
+def read_representations(path, n):
+    """The array [n, d] in a .npy or torch file, detached."""
+    try:
+        z = np.load(path) if path.endswith(".npy") else load(path)
+        z = torch.as_tensor(z).detach().float()
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"--representations {path}: expected a .npy or .pt file with an array "
+                         f"[n, d] of numbers ({first_line(error)})") from error
+    check_representations(z, n, f"--representations {path}")
+    return z
+
+def check_representations(z, n, source):
+    """InputError if representations of n images are not [n, d], finite, and more than one point."""
+    if z.dim() != 2 or len(z) != n or not z.isfinite().all() or (z == z[0]).all():
+        raise InputError(f"{source}: representations must be [{n}, d], finite and not all alike, "
+                         f"unlike these {list(z.shape)}")
+    if not 1e-3 < z.std() < 1e3:
+        print(f"note: the representations' standard deviation is {z.std():.3g}; at the usual "
+              "learning rates it should be near 1: scale them, or change --expert-lr and --syn-lr")
 
 def experts_stage(run):
     """experts/expert_000.pt ...: flat float32 [T + 1, P], those that are missing."""
-    s, data, n = run.s, run.data, len(run.data.train_images)
-    rows, d = read_targets(s, data, run.run_dir)
-    examples = examples_of(s, data, data.train_images, rows)
-    model, loss = student(student_name(s), d, data.image_size, s)
-    functional(model)                       # refuses batch norm before anything is trained
-    make = student_of(s, d, data.image_size)
-    missing = [i for i in range(s.experts) if not expert_file(run, i).exists()][RANK::RANKS]
+    s, data = run.s, run.data
+    missing = [i for i in range(s.experts) if not run.expert_file(i).exists()][RANK::RANKS]
+    barrier()                              # until every rank has looked
+    make = functools.partial(encoder, student_name(s), run.out_dim, data.image_size)
+    student = run.student().to(memory_format=torch.channels_last)
+    loss = functools.partial(mean_loss, run.objective, student)
+    if run.can_compile:
+        loss = Compiled(loss)
+    examples = Examples(data.train_images, run.targets, data, s)
+    advice = f"Lower --expert-lr (now {s.expert_lr:g})."
+    for done, i in enumerate(missing):
+        began = time.monotonic()
+        fresh = build(make, s.seed, "expert", 0 if s.same_start else i)
+        student.load_state_dict(fresh.state_dict())
+        seed = stream(s.seed, "expert", i).initial_seed()
+        order = list(batches(len(data.train_images), s.expert_batch, s.expert_epochs, seed,
+                             "expert order", s.device))
+        progress = Progress(f"expert {i}", len(order), run.log, advice=advice)
+        trajectory, losses = train_expert(student, loss, order, examples, s, seed, progress)
+        if not trajectory[-1].isfinite().all():
+            raise Diverged(f"expert {i} diverged. {advice}")
+        save(run.expert_file(i), trajectory)
+        epochs = {f"epoch {e + 1}": float(value) for e, value in enumerate(losses)}
+        run.log("experts", done + 1, len(missing), 1 / (time.monotonic() - began), **epochs)
 
-    def loop():
-        for done, i in enumerate(missing):
-            begin = build(make, s.seed, "expert", 0 if s.same_start else i)
-            model.load_state_dict(begin.state_dict())
-            seed = stream(s.seed, "expert", i).initial_seed()
-            order = batches(n, s.expert_batch, s.expert_epochs, seed, "expert order", s.device)
-            thetas, losses = train_expert(model, loss, order, examples, s, seed)
-            if not thetas[-1].isfinite().all():
-                raise InputError(f"experts: expert {i} diverged: lower --expert-lr {s.expert_lr}")
-            save(expert_file(run, i), thetas)
-            yield done + 1, {f"epoch {e + 1}": loss for e, loss in enumerate(losses)}
-    exhaust(follow("experts", loop(), len(missing), run.log))
-
-def expert_file(run, i):
-    """Where expert i is kept."""
-    return run.run_dir / "experts" / f"expert_{i:03d}.pt"
-
-# ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) -----------------------------
-def high_loss(data, rows, losses, count, rng):
-    """The images of the highest loss (section 4.2), the largest first."""
-    return subset(data, rows, highest(losses, count))
-
-def random_images(data, rows, losses, count, rng):
-    """Images drawn uniformly: "MKDT (Rnd Sub)" in Table 2."""
-    return subset(data, rows, torch.randperm(len(data.train_images), generator=rng)[:count])
-
-def subset(data, rows, chosen):
-    """(normalised images [n, 3, H, W], their rows of Z_T or labels) of the indices `chosen`."""
-    return data.normalize(data.train_images[chosen]), None if rows is None else rows[chosen]
-
-# Name of --init: (data, Z_T, section 4.2's loss of each image, count, rng) -> images, targets.
-STARTS = {"high_loss": high_loss, "random": random_images}
+def load_expert(run, i):
+    """Expert i, [T + 1, P]; read from the file as it is used."""
+    expert = load(run.expert_file(i), mmap=True)
+    needed = run.s.max_start_epoch + run.s.match_epochs
+    size = sum(p.numel() for p in run.student().parameters())
+    if expert.dim() != 2 or len(expert) <= needed or expert.shape[1] != size:
+        raise InputError(f"{run.expert_file(i)} holds {list(expert.shape)}, not the trajectory of "
+                         f"{needed + 1} epochs or more of {size} weights: delete it")
+    return expert
 
 def init_stage(run):
-    """SET/init.pt: D_syn and Z_syn as distillation begins, and the loss of every image."""
-    s, data, path = run.s, run.data, run.set_dir / "init.pt"
-    if path.exists() or RANK:
+    """SET/init.pt: D_syn and Z_syn as distillation begins, and the order of all images by loss."""
+    s, data = run.s, run.data
+    path = run.set_dir / "init.pt"
+    if path.exists() or RANK > 0:
         return
-    rows, d = read_targets(s, data, run.run_dir)
-    losses = None
-    if OBJECTIVES[s.objective][1] == "representations":
-        f = functional(student_of(s, d, data.image_size)().to(s.device))
-        thetas = (load(expert_file(run, i), mmap=True)[1].to(s.device) for i in range(s.experts))
-        losses = loss_per_image(f, thetas, data, rows, OBJECTIVES[s.objective][0])
-    images, targets = STARTS[s.init](data, rows, losses, run.size, stream(s.seed, "init"))
-    save(path, present(images=images, targets=targets, losses=losses))
+    order = None
+    if run.objective.target == "representations":
+        after_one_epoch = (load_expert(run, i)[1].to(s.device) for i in range(s.experts))
+        losses = loss_per_image(functional(run.student()), after_one_epoch, data, run.targets,
+                                run.objective)
+        order = losses.cpu().sort(descending=True, stable=True).indices        # ties: lower index
+    count = share(len(data.train_images), s.percent, "--percent")
+    images, targets = STARTS[s.init](data, run.targets, order, count, stream(s.seed, "init"))
+    save_present(path, images=images, targets=targets, order=order)
 
-def present(**tensors):
-    """Those that are not None, on the CPU."""
-    return {k: v.cpu().contiguous() for k, v in tensors.items() if v is not None}
+def loss_of_theta(run):
+    """loss(theta, x, y), the mean loss of a student with the weights theta: L_MSE of Eq. 8."""
+    f = functional(run.student())
+    return lambda theta, x, y: mean_loss(run.objective, functools.partial(f, theta), x, y)
 
-# ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) --------------------------------
-def new_syn(images, s):
-    """Lines 3, 4: D_syn and alpha_syn as `distill` begins, and the SGD of line 18."""
-    images, lr = images.clone(), images.new_tensor(s.syn_lr)
-    rates = {"params": [images], "lr": s.pixel_lr}, {"params": [lr], "lr": s.syn_lr_lr}
-    optimizer = torch.optim.SGD(rates, momentum=s.syn_momentum)
-    return argparse.Namespace(images=images, lr=lr, optimizer=optimizer)
-
-def distill(gradient, adjoint, experts, syn, targets, s, first=0):
-    """Algorithm 1, lines 5 - 19: moves the images and the rate of `syn`, in place.
-    gradient, adjoint: `inner_steps` of the students' loss. experts: K trajectories [T + 1, P].
-    syn: of `new_syn`. targets(batch, draw): Z_syn, which stays fixed (`draw` names the views of
-    MTT-SSL). `bound` is ours. Several ranks draw one trajectory each. Yields (iterations done,
-    {Eq. 4's loss, alpha_syn, how many images were bounded})."""
-    images, lr = syn.images, syn.lr                              # [n, 3, H, W], []
-    for step in range(first, s.iterations):                                             # line 5
-        draw = s.seed, "distill", step * RANKS + RANK
-        rng = stream(*draw)
-        expert = experts[torch.randint(len(experts), (), generator=rng)]                # 6
-        t = torch.randint(s.max_start_epoch + 1, (), generator=rng)                     # 7
-        theta, target = (expert[i].to(lr.device) for i in (t, t + s.match_epochs))      # 8, 9, 17
-        drawn = draw_batches(len(images), s.syn_steps, s.syn_batch, rng, lr.device)     # 10 - 12
-        steps = [(b, targets(b, (*draw, n))) for n, b in enumerate(drawn)]
-        loss, grad_images, grad_lr = matching_gradient(                                 # 13 - 17
-            gradient, adjoint, theta, target, images, lr, steps)
-        sum_over_ranks([loss, grad_images, grad_lr])
-        images.grad, lr.grad, bounded = bound(grad_images / RANKS, grad_lr / RANKS, lr, s)
-        syn.optimizer.step()                                                            # 18
-        yield step + 1, {"loss": loss / RANKS, "lr": lr.clone(), "bounded": bounded}
-
-def matching_gradient(gradient, adjoint, theta, target, images, lr, steps):
-    """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate.
-
-    theta, target: theta*_t and theta*_{t+M}, [P]; images [n, ...]; lr: alpha_syn; steps: the N
-    pairs (b_n, y_n) of image indices and their rows of Z_syn.
-
-    Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, y_n)
-    Backward, v_n = dL_DD / dtheta_n, H_n = dg_n / dtheta_n (adjoint: H v, d(g . v)/dx, g . v):
-        v_N = 2 (theta_N - target) / ||theta_0 - target||^2                         (Eq. 4)
-        v_n = (I - lr H_n)^T v_{n+1} = v_{n+1} - lr H_n v_{n+1}           (H_n is symmetric)
-        dL_DD / dx_{b_n} += -lr d(g_n . v_{n+1}) / dx      dL_DD / dlr += -g_n . v_{n+1}
-    Each step is recomputed on the way back, so memory is one step's graph and N vectors [P].
-
-    Returns (loss, gradient of the images, gradient of the rate)."""
-    theta, target, images = theta.detach(), target.detach(), images.detach()
-    lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device).detach()
-    thetas = [theta]
-    for batch, y in steps:
-        thetas.append(thetas[-1] - lr * gradient(thetas[-1], images[batch], y))
-
-    scale = (theta - target).square().sum()
-    v = 2 * (thetas[-1] - target) / scale
-    grad_images, grad_lr = torch.zeros_like(images), torch.zeros_like(lr)
-    for theta_n, (batch, y) in zip(reversed(thetas[:-1]), reversed(steps)):
-        hv, gx, gv = adjoint(theta_n, images[batch], y, v)
-        grad_images.index_add_(0, batch.to(images.device), gx * -lr)
-        grad_lr -= gv
-        v = v - lr * hv
-    return (thetas[-1] - target).square().sum() / scale, grad_images, grad_lr
-
-def student_loss(f, objective):
-    """(theta, x, y) -> the mean loss of f(theta, .) on a batch: L_MSE of Eq. 8."""
-    return lambda theta, x, y: objective(functools.partial(f, theta), x, y).mean()
-
-def inner_steps(loss):
-    """The two functions that `matching_gradient` takes, of a loss (theta, x, y):
-    gradient(theta, x, y) = g = dL/dtheta, of which a step of Eq. 8 subtracts alpha_syn g;
-    adjoint(theta, x, y, v) -> (H v, d(g . v)/dx, g . v), with H = dg/dtheta: differentiating the
-    scalar g . v, itself a gradient, gives all three; H is never formed."""
-    gradient = torch.func.grad(loss)
-
-    def adjoint(theta, x, y, v):
-        def g_dot_v(theta, x):
-            return gradient(theta, x, y) @ v
-        (hv, gx), gv = torch.func.grad_and_value(g_dot_v, argnums=(0, 1))(theta, x)
-        return hv, gx, gv
-    return gradient, adjoint
-
-def draw_batches(n, steps, batch_size, rng, device="cpu"):
-    """`steps` mini-batches of 0..n-1: permutations, cut into pieces of `batch_size`."""
-    drawn = []
-    while len(drawn) < steps:
-        drawn += torch.randperm(n, generator=rng).to(device).split(batch_size)
-    return drawn[:steps]
-
-def bound(grad_images, grad_lr, lr, s):
-    """--clip: the gradients [n, 3, H, W] and [], so scaled that, before momentum, they move
-    no image by more than s.clip (root mean square, in standard deviations) and the rate by no more
-    than that share of itself; and how many images that touched. One start at t = 0 can have
-    gradients hundreds of times the usual, which would ruin the images at once."""
-    clip = s.clip or math.inf
-    rms = s.pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()   # [n, 1, 1, 1]
-    scale = (clip / rms).clamp(max=1)
-    most = clip * lr.abs() / s.syn_lr_lr
-    return grad_images * scale, grad_lr.clamp(-most, most), (scale < 1).sum()
+def save_present(path, **values):
+    """Saves a dict of those values that are not None; tensors as they are on the CPU."""
+    kept = {}
+    for name, value in values.items():
+        if value is not None:
+            kept[name] = value.detach().cpu().contiguous() if torch.is_tensor(value) else value
+    save(path, kept)
 
 def distill_stage(run):
     """SET/distilled.pt, its snapshots every 1,000 iterations, and pictures."""
-    s, data, folder, path = run.s, run.data, run.set_dir, run.set_dir / "distilled.pt"
+    s, data = run.s, run.data
+    path = run.set_dir / "distilled.pt"
     if path.exists() and load(path)["iterations"] >= s.iterations:
+        print(f"distill: {path} has {load(path)['iterations']} iterations already")
         return
-    init = {k: v.to(s.device) for k, v in load(folder / "init.pt").items()}
-    _, d = read_targets(s, data, run.run_dir)
-    experts = [load(expert_file(run, i), mmap=True) for i in range(s.experts)]
-    f = functional(student_of(s, d, data.image_size)().to(s.device))
-    loss = student_loss(f, OBJECTIVES[s.objective][0])
-    gradient, adjoint = (compiled(step, can_compile(s), 2) for step in inner_steps(loss))
-    syn, targets = new_syn(init["images"], s), init.get("targets")
-    checkpoint = folder / "distill_checkpoint.pt"
-    loop = distill(gradient, adjoint, experts, syn, targets_of(s, data, targets), s,
-                   restore(checkpoint, **vars(syn)))
+    init = load(run.set_dir / "init.pt")
+    targets = init["targets"].to(s.device) if "targets" in init else None
+    syn, optimizer = new_distilled(init["images"].to(s.device), targets, s)
+    experts = [load_expert(run, i) for i in range(s.experts)]
 
-    def keep(path, iterations):
-        tensors = present(images=syn.images, targets=targets, mean=data.mean.flatten(),
-                          std=data.std.flatten())
-        save(path, tensors | {"lr": syn.lr.item(), "iterations": iterations})
+    def keep(iteration, path=None):
+        """Writes the set as it is after so many iterations, as a snapshot or to `path`."""
+        if RANK == 0:
+            save_present(path or run.set_dir / f"distilled_{iteration:05d}.pt", images=syn.images,
+                         targets=syn.targets, lr=syn.lr.item(), iterations=iteration,
+                         mean=data.mean.flatten(), std=data.std.flatten())
 
-    for step, values in follow("distill", loop, s.iterations, run.log, checkpoint, **vars(syn)):
-        values["moved"] = (syn.images - init["images"]).abs().mean()    # a pixel, in deviations
-        if step % 1000 == 0 and values["lr"] > 0 and RANK == 0:                # NaN is not
-            keep(folder / f"distilled_{step:05d}.pt", step)
+    two_shapes = functools.partial(Compiled, max_shapes=2)     # full batches, and a pass's last one
+    step = InnerStep(loss_of_theta(run), two_shapes if run.can_compile else None)
+    advice = (f"Lower --pixel-lr (now {s.pixel_lr:g}) or --clip (now {s.clip:g}). "
+              "The last checkpoint is intact.")
+    progress = Progress("distill", s.iterations, run.log, run.set_dir / "distill_checkpoint.pt",
+                        advice, 1000, keep, images=syn.images, lr=syn.lr, optimizer=optimizer)
+    targets_of = Examples(syn.images, syn.targets, data, s).y
+    distill(step, experts, syn, optimizer, targets_of, s, progress)
     if RANK == 0:
-        draw_results(run, init["images"], syn.images)
-        lines = {k: v for k, v in read_results(folder).items() if "mkdt" not in k[0]}
-        for stale in folder.glob("results*"):                    # of fewer iterations
-            stale.unlink()
-        write_results(folder / "results.csv", lines)
-        keep(path, s.iterations)                                 # last: the stage is done
+        draw_results(run, syn)
+    keep(s.iterations, path)                                   # last: the stage is done
 
-# ---- 5. Evaluation (section 5; eval.py) ------------------------------------------------------
 def eval_stage(run):
     """SET/results.csv, results.md: the distilled set and its baselines but for the full data."""
     if not run.data.labelled:
-        return print(f"eval: {run.data.name} has no labels in both splits; to probe on another:\n"
-                     f"      python eval.py --run-dir {run.set_dir} --tasks cifar10")
-    args = evaluation.parse(["--run-dir", str(run.set_dir), "--paired", "mkdt"])
-    args.data_dir, args.device, args.compile = run.s.data_dir, run.s.device, run.s.compile
-    print(f"\n{evaluation.evaluate(args)}\nresults: {run.set_dir / 'results.md'}\n"
+        print(f"eval: {run.data.name} cannot be probed without labels in both splits. To probe on "
+              f"another data set:\n    python eval.py {run.set_dir} --tasks cifar10")
+        return
+    print(f"\n{evaluate(run, paired='mkdt')}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
 
 STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage,
           "distill": distill_stage, "eval": eval_stage}
 
-# ---- Pictures --------------------------------------------------------------------------------
-def draw_results(run, before, after):
+# ---- Pictures ---------------------------------------------------------------------------------
+def draw_results(run, syn):
     """distilled.png: ten images as they began, above the same distilled; curves.png."""
-    tiles = run.data.denormalize(torch.cat([before[:10], after[:10]])).clamp(0, 1)
+    count = min(10, len(syn.images))
+    tiles = run.data.denormalize(torch.cat([syn.initial[:count], syn.images[:count]])).clamp(0, 1)
     zoomed = torch.nn.functional.interpolate(tiles, scale_factor=3)
-    grid = make_grid(zoomed, nrow=len(before[:10]), pad_value=1)
-    write_file(run.set_dir / "distilled.png", lambda file: save_image(grid, file, format="png"))
-    draw_plot(run.set_dir / "curves.png", "iteration",
-              {name: {name: logged(run, name)} for name in ("loss", "lr", "moved")})
+    with whole_file(run.set_dir / "distilled.png") as file:
+        save_image(make_grid(zoomed, nrow=count, pad_value=1), file, format="png")
+    curves = {name: {name: logged(run, name)} for name in ("loss", "lr", "moved")}
+    draw_plot(run.set_dir / "curves.png", "iteration", curves)
 
 def logged(run, name):
     """[(iteration, value), ...] of a quantity in the log of distillation."""
     points = {}
-    for line in run.log.path.read_text().splitlines():
-        with contextlib.suppress(ValueError):                      # one that a kill cut off
-            line = json.loads(line)
-            if line["stage"] == "distill":
-                points[line["step"]] = line[name]
+    for line in run.log.path.read_text().splitlines() if run.log.path.exists() else []:
+        try:
+            values = json.loads(line)
+        except ValueError:                                     # a line that a kill cut off
+            continue
+        if values["stage"] == "distill" and name in values:
+            points[values["step"]] = values[name]
     return sorted(points.items())
 
 def draw_plot(path, xlabel, panels, log=()):
-    """A plot of {panel: {line: [(x, y), ...]}}; nothing where matplotlib is not installed."""
-    with contextlib.suppress(ImportError):
-        from matplotlib.figure import Figure                            # pip install matplotlib
-        figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-        for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
-            for name, points in lines.items():
-                axes.plot(*zip(*points), label=name)
-            axes.set(title=panel, xlabel=xlabel, yscale="log" if panel in log else "linear")
-            axes.legend(fontsize="small")
-        write_file(path, lambda file: figure.savefig(file, format="png", dpi=120))
+    """A plot of {panel: {line: [(x, y), ...]}}, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: it takes matplotlib (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name, points in lines.items():
+            axes.plot(*zip(*points), label=name)
+        axes.set(title=panel, xlabel=xlabel, yscale="log" if panel in log else "linear")
+        axes.legend(fontsize="small")
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
-# ---- Figure 1: trajectories of other losses (section 4.1, appendix A.2) ----------------------
-# A.2's settings; it says nothing of MKDT, which has its data set's row. Five experts begin at one
-# network and differ in the order of their batches; the first is distilled, from epoch 0.
-FIGURE1 = {
-    "mtt": dict(objective="ce", syn_steps=20, match_epochs=4),
-    "mtt_ssl": dict(objective="ssl", syn_steps=10, match_epochs=2),
-    "mtt_ssl_4096": dict(objective="ssl", syn_steps=10, match_epochs=2, expert_batch=4096),
-    "mkdt": dict(objective="mse", clip=0.1),
-}
-COMMON = dict(percent=1.0, init="random", expert_epochs=7, max_start_epoch=0, pixel_lr=1000.0,
-              iterations=100, clip=0.0, same_start=1)
-
-def figure1_stage(args, run):
-    """Figure 1 of the paper for the data and the teacher of `run`: figure1/figure1.csv, and .png
-    where there is matplotlib. Each of its systems is a run of its own beside them."""
-    root, panels = run.run_dir / "figure1", {"variance": {}, "loss": {}, "moved": {}}
-    for name, system in FIGURE1.items():
-        wanted = {**COMMON, **system, "representations": str(run.run_dir / "representations.pt")}
-        for stage, experts in dict(teacher=5, experts=5, init=1, distill=1).items():
-            own = open_run(args, {**wanted, **args.given, "experts": experts},
-                           run_dir=root / name, name="one", log_seconds=0)
-            try:
-                execute(own, stage)
-            except Diverged as error:                              # a result as well
-                print(f"figure1: {name}: {error}")
-        thetas = torch.stack([load(expert_file(own, i)) for i in range(5)])       # [5, T + 1, P]
-        variance = (thetas - thetas.mean(dim=0)).square().mean(dim=(0, 2))        # Fig. 1a
-        panels["variance"][name] = [*enumerate(variance.tolist())][1:]
-        for panel in ("loss", "moved"):
-            panels[panel][name] = logged(own, panel)
-    lines = [f"{panel},{name},{x},{y}" for panel, of in panels.items()
-             for name, points in of.items() for x, y in points]
-    save_text(root / "figure1.csv", "\n".join(["panel,system,x,y", *lines, ""]))
-    draw_plot(root / "figure1.png", "epoch, iteration", panels, log=("variance", "moved"))
-    print(f"figure1: {root}/figure1.csv")
-
-# ---- Command line ----------------------------------------------------------------------------
-def resolve(dataset, given):
-    """All settings for `dataset` as a namespace: the paper's, changed by the rows of the data set
-    and percentage (the nearest, where there is none) and of the losses, changed by `given`."""
-    known = dataset if dataset in DATASETS else \
-        "tinyimagenet" if given.get("image_size", 0) >= 64 else "cifar10"
-    percent = given.get("percent", DATASETS[known].get("percent", SETTINGS["percent"][1]))
-    row = min((p for name, p in ROWS if name == known), key=lambda p: abs(p - percent))
-    layers = ({name: default for name, (_, default, _) in SETTINGS.items()},      # the later wins
-              BY_LOSS.get(("ssl", given.get("ssl")), {}), DATASETS[known],
-              dict(zip(ROW, ROWS[known, row])),
-              BY_LOSS.get(("objective", given.get("objective")), {}), given)
-    s = argparse.Namespace(**{name: v for layer in layers for name, v in layer.items()})
-    for name, (_, default, _) in SETTINGS.items():
-        value = getattr(s, name)
-        least = 1 if isinstance(default, int) and default and name != "max_start_epoch" else 0
-        if not isinstance(value, str) and not least <= value < math.inf:
-            raise InputError(f"--{name.replace('_', '-')} {value} must be finite, and at least "
-                             f"{least}")
-    for name, choices in (("ssl", SSL), ("objective", OBJECTIVES), ("init", STARTS),
-                          ("bf16", ("on", "off", "auto"))):
-        if getattr(s, name) not in choices:
-            raise InputError(f"--{name} {getattr(s, name)}: choose from {', '.join(choices)}")
+# ---- Runs: their folders, and what config.json says of them -----------------------------------
+def open_run(args, given, **changed):
+    """The Run of the command line `args` with the settings `given`. Says what was read and what was
+    chosen. Raises InputError for what cannot work, before anything is computed."""
+    check_settings(given)
+    data = load_dataset(args.dataset, args.data_dir, given.get("image_size", 0), args.device,
+                        given.get("train_images", 0))
+    settings, notes = resolve(args.dataset, given, data.image_size)
+    for note in notes:
+        print(note, flush=True)
+    s = argparse.Namespace(**{**vars(args), **settings, **changed})
+    s.compile = compile_pays(args, s.width)
+    share(len(data.train_images), s.percent, "--percent")
     if s.max_start_epoch + s.match_epochs > s.expert_epochs:
         raise InputError(f"T+ + M = {s.max_start_epoch + s.match_epochs} lies beyond the experts' "
                          f"last epoch: raise --expert-epochs {s.expert_epochs}")
-    return s
-
-def open_run(args, given, **changed):
-    """A run: settings, data, log and folders. run_dir has what all distilled sets of a data set
-    share, the teacher and the experts; set_dir below it, called --name, one distilled set."""
-    settings = resolve(args.dataset, given)
-    papers = resolve(args.dataset, {k: v for k, v in given.items() if k in VARIED})
-    s = argparse.Namespace(**{**vars(args), **vars(settings), **changed})
-    s.changed = [k for k in SETTINGS if k not in FREE and getattr(s, k) != getattr(papers, k)]
-    data = load_dataset(s.dataset, s.data_dir, s.image_size, s.device, s.train_images)
-    size = share(len(data.train_images), s.percent, "--percent")
+    target = OBJECTIVES[s.objective].target
+    if target == "labels" and int(data.train_labels.min()) < 0:
+        raise InputError(f"--objective {s.objective}: {data.name} has images without a label")
+    if target != "representations" and s.init == "high_loss":
+        raise InputError(f"--init high_loss needs a teacher, which --objective {s.objective} lacks")
+    functional(encoder(student_name(s), 1, data.image_size))   # refuses batch norm
     run_dir = Path(s.run_dir or f"runs/{data.name}")
-    set_dir = run_dir / (s.name or f"{s.percent:g}pct_{s.init}")
-    log = Log(set_dir / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
-    return argparse.Namespace(s=s, data=data, run_dir=run_dir, set_dir=set_dir, log=log, size=size)
+    name = s.name or f"{s.percent:g}pct_{s.init}"
+    if Path(name).name != name or name in ("..", "experts"):
+        raise InputError(f"--name {name}: give the name of a folder in {run_dir}, without slashes")
+    log = Log(run_dir / name / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
+    return Run(s, data, run_dir, run_dir / name, log)
+
+# The entries of config.json in order: the stages that belong to each, and the files they leave. The
+# last lies in the folder of the distilled set, the others in the folder of the run.
+SECTIONS = {
+    "teacher": (["teacher"], ["teacher*.pt", "representations*.pt"]),
+    "experts": (["experts"], ["experts/*.pt"]),
+    "set": (["init", "distill"], ["init.pt", "distill*.pt"]),
+}
+
+def identity(run, section):
+    """What the results of a section are made from: {name: value}. Images and representations are
+    known by their contents, wherever they lie."""
+    s = run.s
+    made = {"images": run.data.images_id, "seed": s.seed}
+    if run.objective.target == "labels":
+        made["labels"] = checksum(run.data.train_labels)
+    for earlier in list(SECTIONS)[:list(SECTIONS).index(section) + 1]:
+        for stage in SECTIONS[earlier][0]:
+            for name, setting in SETTINGS[stage].items():
+                if plays_a_role(vars(s), stage, name, setting) and name not in BY_CONTENTS:
+                    made[name] = vars(s)[name]
+    kept = run.run_dir / "representations.pt"
+    if run.objective.target != "representations":
+        return made
+    if s.representations and (Path(s.representations).exists() or not kept.exists()):
+        z = read_representations(s.representations, len(run.data.train_images))
+        made["representations"] = checksum(z)
+    elif kept.exists() and (s.representations or section != "teacher"):
+        made["representations"] = checksum(load(kept))
+    return made
 
 def claim(run, stage):
-    """Keeps in config.json what `stage` is made with, and whether all of it is the paper's. Raises
-    InputError if it, or a stage before it, was made with something else; says if by other code."""
-    images = run.data.train_images.cpu().numpy().tobytes()
-    made = {"dataset": run.s.dataset, "images": zlib.crc32(images), "seed": run.s.seed,
-            "ranks": RANKS}
-    sources = [Path(__file__).with_name(name).read_bytes()
-               for name in ("models.py", "data.py", "eval.py", "mkdt.py")]
-    code, changed = hashlib.sha256(b"".join(sources)).hexdigest()[:8], []
-    for earlier in [*STAGES][:[*STAGES].index(stage) + 1]:
-        own = [k for k, (of, *_) in SETTINGS.items() if of == earlier]
-        made.update({k: getattr(run.s, k) for k in own})
-        changed += {*own} & {*run.s.changed}
-        path = (run.run_dir if earlier in ("teacher", "experts") else run.set_dir) / "config.json"
-        config = json.loads(path.read_text()) if path.exists() else {}
-        then = config.get(earlier, {**made, "code": code, "paper": not changed})
-        differ = [f"{k} {then.get(k)} -> {v}" for k, v in made.items() if then.get(k) != v]
-        if differ:
-            raise InputError(f"{path.parent} holds the stage {earlier} of other settings "
-                             f"({', '.join(differ)}): give another --name (a distilled set on the "
-                             "same experts) or --run-dir, or delete it")
-        if then["code"] != code:
-            print(f"{earlier}: {path.parent} was made by other code than it is now", flush=True)
-        if earlier == stage and stage not in config and RANK == 0:
-            save_text(path, json.dumps({**config, stage: then}, indent=2) + "\n")
+    """Checks that what `stage` builds on, and what exists of itself, was made with these settings,
+    and keeps them in config.json. An entry without a result says nothing: whoever lowers a learning
+    rate after a failure just goes on. Raises InputError with what differs and what can be done."""
+    folders = {"teacher": run.run_dir, "experts": run.run_dir, "set": run.set_dir}
+    files = {}
+    for section, (_, patterns) in SECTIONS.items():
+        files[section] = [p for p in patterns if any(folders[section].glob(p))]
+    passed, anew = False, False            # the section of `stage`, and whether it has no result
+    for section, (stages, _) in SECTIONS.items():
+        if passed and not anew:
+            break
+        path = folders[section] / "config.json"
+        config = read_config(path)
+        entry = config.get(section)
+        reason = ""
+        if anew and files[section]:
+            reason = "was made before the results that it builds on"
+        elif files[section] and entry is None:
+            reason = "is not described in config.json"
+        elif files[section]:
+            reason = differences(entry["made"], identity(run, section))
+        if reason:
+            later = list(SECTIONS)[list(SECTIONS).index(section):]
+            names = [str(folders[name] / p) for name in later for p in files[name]]
+            raise InputError(f"the {section} in {folders[section]} {reason}. Give another "
+                             f"{'--name' if section == 'set' else '--run-dir'}, or delete "
+                             f"{' '.join(names)}")
+        if files[section] and entry["code"] != code_version():
+            print(f"note: the {section} in {folders[section]} was made by other code", flush=True)
+        if stage in stages and not files[section] and RANK == 0:
+            settings = {name: vars(run.s)[name] for name, _ in all_settings()}
+            config[section] = {"made": identity(run, section), "code": code_version(),
+                               "dataset": run.s.dataset, "settings": settings}
+            save_text(path, json.dumps(config, indent=2) + "\n")
+        if stage in stages:
+            passed, anew = True, not files[section]
+
+def differences(then, now):
+    """What differs between two of `identity`, as the reason of an error; "" for nothing."""
+    told = []
+    for name in {**then, **now}:
+        if then.get(name) != now.get(name):
+            told.append(f"{name} {then.get(name)} -> {now.get(name)}")
+    return f"was made with other settings ({', '.join(told)})" if told else ""
+
+@functools.cache
+def code_version():
+    """A checksum of the code without its comments, docstrings and layout."""
+    trees = []
+    for name in ("data.py", "models.py", "eval.py", "mkdt.py"):
+        tree = ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
+                if ast.get_docstring(node):
+                    del node.body[0]
+        trees.append(ast.dump(tree))
+    return checksum(*trees)
 
 def execute(run, stage):
     """Runs one stage, if it is not done."""
-    claim(run, stage)
-    own = {k: v for k, v in vars(run.s).items() if SETTINGS.get(k, [""])[0] == stage}
-    print(f"{stage}: " + "  ".join(f"{k} {v}" for k, v in own.items()), flush=True)
+    claim(run, "distill" if stage == "eval" else stage)
+    told = []
+    for name, setting in SETTINGS[stage].items():
+        value = vars(run.s)[name]
+        if plays_a_role(vars(run.s), stage, name, setting) and (value or name not in BY_CONTENTS):
+            told.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
+    print(textwrap.fill(f"{stage}: {'  '.join(told)}", 100, subsequent_indent="    ",
+                        break_on_hyphens=False), flush=True)
     STAGES[stage](run)
     barrier()
 
-def parse(argv):
-    """The arguments; in `given` those that are settings."""
+# ---- Figure 1: why trajectories of self-supervision are hard to match (4.1, appendix A.2) ------
+# A.2's settings for MTT and MTT-SSL; MKDT, of which it says nothing, has its data set's. Five
+# experts begin at one network and differ in the order of their batches; the first is distilled,
+# from epoch 0. All systems have one bound on a step (--clip), which A.2 does not have.
+FIGURE_1 = {
+    "mtt": dict(objective="ce", syn_steps=20, match_epochs=4),
+    "mtt_ssl": dict(objective="ssl", syn_steps=10, match_epochs=2),
+    "mtt_ssl_4096": dict(objective="ssl", syn_steps=10, match_epochs=2, expert_batch=4096),
+    "mkdt": dict(objective="mse"),
+}
+FIGURE_1_COMMON = dict(percent=1.0, init="random", expert_epochs=7, max_start_epoch=0,
+                       pixel_lr=1000.0, iterations=100, same_start=1)
+
+def figure1_stage(args, given, run):
+    """Figure 1 of the paper for the data and the teacher of `run`: figure1/figure1.csv, and .png
+    with matplotlib. Each of its systems is a run of its own below figure1/."""
+    root = run.run_dir / "figure1"
+    panels = {"gradient noise": {}, "trajectory variance": {}, "loss": {}, "moved": {}}
+    for name, system in FIGURE_1.items():
+        wanted = {**FIGURE_1_COMMON, **system, **given, "standardize": 0,
+                  "representations": str(run.run_dir / "representations.pt")}
+        for stage, count in (("teacher", 5), ("experts", 5), ("init", 1), ("distill", 1)):
+            own = open_run(args, {**wanted, "experts": count}, run_dir=root / name, name="one",
+                           log_seconds=0)
+            try:
+                execute(own, stage)
+            except Diverged as error:                          # a result as well
+                print(f"figure1: {name}: {error}")
+        experts = torch.stack([load_expert(own, i) for i in range(5)])     # [5, T + 1, P]
+        if name != "mtt_ssl_4096":                             # it differs in its batch alone
+            panels["gradient noise"][name] = list(enumerate(noise_along(own, experts[0])))
+        if name != "mkdt":                                     # its optimiser carries it farther
+            variance = experts.var(dim=0, correction=0).mean(dim=1)                    # Fig. 1a
+            panels["trajectory variance"][name] = list(enumerate(variance.tolist()))[1:]
+        for panel in ("loss", "moved"):
+            panels[panel][name] = logged(own, panel)
+    lines = ["panel,system,x,y"]
+    for panel, systems in panels.items():
+        for name, points in systems.items():
+            lines += [f"{panel},{name},{x},{y}" for x, y in points]
+    save_text(root / "figure1.csv", "\n".join([*lines, ""]))
+    draw_plot(root / "figure1.png", "epoch, iteration", panels,
+              log=("gradient noise", "trajectory variance", "moved"))
+    print(f"figure1: {root}/figure1.csv")
+
+def noise_along(run, expert, batch_size=256):
+    """`gradient_noise` of a run's objective at each epoch of one of its experts [T + 1, P]."""
+    gradient = torch.func.grad(loss_of_theta(run))
+    examples = Examples(run.data.train_images, run.targets, run.data, run.s)
+    return [gradient_noise(gradient, theta.to(run.s.device), examples, len(examples.images),
+                           batch_size, run.s.seed) for theta in expert]
+
+def gradient_noise(gradient, theta, examples, n, batch_size, seed, count=32):
+    """tr Cov(g_B) / |E g_B|^2 of the mini-batch gradient at theta [P]: what Theorem 4.1 is about,
+    without a scale. From `count` batches of n images; both parts are estimated without bias."""
+    total = torch.zeros_like(theta, dtype=torch.float64)
+    squares = 0.0
+    for k in range(count):
+        batch = torch.randperm(n, generator=stream(seed, "gradient noise", k))[:batch_size]
+        x, y = examples(batch, (seed, "gradient noise views", k))
+        g = gradient(theta, x, y).double()
+        total += g
+        squares += float(g.square().sum())
+    mean_square = float((total / count).square().sum())
+    covariance = (squares - count * mean_square) / (count - 1)
+    return covariance / max(mean_square - covariance / count, 1e-30)
+
+# ---- Command line -----------------------------------------------------------------------------
+def parse(argv=None):
+    """The arguments of a command line, and of them those that are settings: {name: value}."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--stage", choices=[*STAGES, "all", "figure1"], default="all", help="(default: all)")
+    add("--stage", choices=[*STAGES, "all", "figure1"], default="all",
+        help="which stage to run (default: all)")
     add("--dataset", default="cifar10", help=f"{', '.join(DATASETS)}, a task of eval.py, a folder "
-        "with train/ and test/ inside, or an .npz (default: cifar10)")
-    evaluation.add_common(add)
+        "with train/ and test/ inside, or an .npz file (default: cifar10)")
     add("--run-dir", help="where results go (default: runs/DATASET)")
-    add("--name", help="folder of the distilled set in it (default: 2pct_high_loss, ...)")
+    add("--name", help="the distilled set's folder in it (default: 2pct_high_loss or the like)")
     add("--seed", type=int, default=0, help="fixes every random draw (default: 0)")
-    add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
     add("--log-seconds", type=float, default=10.0, help="between progress lines (default: 10)")
-    groups = {of: parser.add_argument_group(f"settings of {of or 'length'}")
-              for of, *_ in SETTINGS.values()}
-    for name, (of, default, text) in SETTINGS.items():
-        groups[of].add_argument(f"--{name.replace('_', '-')}", type=type(default),
-                                metavar=type(default).__name__.upper(),
-                                default=argparse.SUPPRESS, help=f"{text} (default: {default})")
-    args = parser.parse_args(argv)
-    args.given = {k: v for k, v in vars(args).items() if k in SETTINGS}
-    return args
+    add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
+    add_common_flags(parser)
+    for stage, settings in SETTINGS.items():
+        group = parser.add_argument_group(TITLES[stage])
+        for name, setting in settings.items():
+            kind = type(setting.default)
+            choices = f": {', '.join(setting.choices)}" if setting.choices else ""
+            group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS,
+                               metavar=kind.__name__.upper(),
+                               help=f"{setting.help}{choices} (default: {setting.default})")
+    args = vars(parser.parse_args(argv))
+    given = {name: args.pop(name) for name, _ in all_settings() if name in args}
+    return argparse.Namespace(**args), given
 
 def main(argv=None):
     """The command line; see the top of this file."""
-    args = parse(argv)
+    args, given = parse(argv)
     with command_line("mkdt.py"):
         args.device = start(args.device)
-        run = open_run(args, args.given)
-        for stage in {"all": STAGES, "figure1": ["teacher"]}.get(args.stage, [args.stage]):
+        run = open_run(args, given)
+        stages = {"all": STAGES, "figure1": ["teacher"]}.get(args.stage, [args.stage])
+        for stage in stages:
             execute(run, stage)
         if args.stage == "figure1":
-            figure1_stage(args, run)
+            figure1_stage(args, given, run)
 
 if __name__ == "__main__":
     main()

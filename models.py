@@ -1,31 +1,30 @@
-"""Networks, losses and the training loop of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025).
+"""Networks and losses of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025).
 
     ENCODERS        ConvNet, the student of section 5; ResNet-10/18, the teacher and Table 5
-    SSL             what a teacher learns by: Barlow Twins (Eq. 1), SimCLR (Table 6)
+    SSL             what a teacher learns by: Barlow Twins (Eq. 1) or SimCLR (Table 6)
     OBJECTIVES      what a student minimises: Eq. 5; cross-entropy and SimCLR's loss for Figure 1
     functional      a network as a function of one flat parameter vector theta
-    train           the one training loop: teacher, experts, pre-training, fine-tuning
+    Run             a run's settings, its data and where its files lie
 
-To try an idea, write a function or a class and add a line to the dict of its kind."""
-import contextlib
-import ctypes
-import datetime
+To try an idea, write a function or a class and add it to the dict of its kind."""
 import functools
 import hashlib
+import json
 import math
-import os
-import sys
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-class InputError(ValueError):
-    """Something a user can put right: a file, a flag, a value. One line that says how."""
+from data import Dataset, InputError, Log, draw_augmentations, first_line, load, two_views
 
-# ---- Random numbers: each draw has a name ----------------------------------------------------
+# ---- Random numbers: every draw has a name ----------------------------------------------------
 def stream(seed, *name):
     """A torch.Generator for the draw called `name`, e.g. stream(0, "expert order", epoch).
     Every random number of the project comes from one of these. Nothing then depends on what was
@@ -40,7 +39,7 @@ def build(make, seed, *name):
         torch.manual_seed(stream(seed, *name).initial_seed())
         return make()
 
-# ---- Encoders --------------------------------------------------------------------------------
+# ---- Encoders ---------------------------------------------------------------------------------
 class InstanceNorm(nn.Module):
     """Instance norm with affine parameters: GroupNorm with one channel a group (the authors' code).
     Written out, because the compiler fuses these operations with their neighbours and
@@ -52,37 +51,43 @@ class InstanceNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.eps = eps
 
-    def forward(self, x):                                                      # [B, C, H, W]
+    def forward(self, x):                                                  # [B, C, H, W]
         x = x - x.mean((2, 3), keepdim=True)
-        var = x.square().mean((2, 3), keepdim=True)                            # [B, C, 1, 1]
+        var = x.square().mean((2, 3), keepdim=True)                        # [B, C, 1, 1]
         scale = torch.rsqrt(var + self.eps) * self.weight[:, None, None]
         return x * scale + self.bias[:, None, None]
 
 class ConvNet(nn.Module):
     """The student: blocks of 3x3 convolution, instance norm, ReLU and 2x2 average pooling, then
     one linear layer to the teacher's dimension. Depth 3 for 32 pixels, 4 for 64 (section 5).
-    features: [B, width * (size / 2^depth)^2], the flattened last block, for images of any size.
-    forward:  [B, out_dim], the representation that is matched, for images of `image_size` pixels.
-    """
+    features: [B, channels * (size / 2^depth)^2], the flattened last block, for any image size.
+    forward:  [B, out_dim], the representation that is matched, for images of `image_size`."""
 
-    def __init__(self, out_dim, image_size=32, width=128, depth=None):
+    def __init__(self, out_dim, image_size=32, width=128, channels=None, norm=InstanceNorm):
         super().__init__()
-        depth = depth or (4 if image_size >= 64 else 3)
-        side = image_size // 2**depth
-        channels = [3] + [width] * depth
-        convs = [nn.Conv2d(a, b, 3, padding=1) for a, b in zip(channels, channels[1:])]
-        self.convs = nn.ModuleList(convs)
-        self.norms = nn.ModuleList(InstanceNorm(width) for _ in range(depth))
-        self.head = nn.Linear(width * side * side, out_dim)
+        channels = channels or [width] * (4 if image_size >= 64 else 3)
+        pairs = zip([3, *channels], channels)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
+        self.norms = nn.ModuleList(norm(width) for width in channels)
+        side = image_size // 2 ** len(channels)
+        self.head = nn.Linear(channels[-1] * side * side, out_dim)
 
-    def features(self, x):                                       # [B, 3, H, W], normalised
-        x = x.contiguous(memory_format=torch.channels_last)      # faster, on CPUs as on GPUs
+    def features(self, x):                                                 # normalised
+        x = x.contiguous(memory_format=torch.channels_last)    # faster, on CPUs as on GPUs
         for conv, norm in zip(self.convs, self.norms):
-            x = F.avg_pool2d(F.relu(norm(conv(x))), 2)           # [B, width, H/2, W/2]
+            x = F.avg_pool2d(F.relu(norm(conv(x))), 2)         # [B, C, H, W] -> [B, C', H/2, W/2]
         return x.flatten(1)
 
     def forward(self, x):
         return self.head(self.features(x))
+
+def convnet_bn(out_dim, image_size=32, width=128):
+    """KRR-ST's network (Lee et al. 2023): batch norm, 128-256-512 channels; from 64 pixels on
+    64-128-256-512."""
+    channels = [width, 2 * width, 4 * width]
+    if image_size >= 64:
+        channels.insert(0, max(1, width // 2))
+    return ConvNet(out_dim, image_size, channels=channels, norm=nn.BatchNorm2d)
 
 class ResNet(nn.Module):
     """ResNet for small images: the stem is one 3x3 convolution of stride 1, and max-pooling only
@@ -93,56 +98,107 @@ class ResNet(nn.Module):
 
     def __init__(self, blocks, out_dim=None, image_size=32, width=64, max_pool=False):
         super().__init__()
-        if width < 8:     # github.com/uxlfoundation/oneDNN/issues/6035, on CPUs without AVX-512
-            raise InputError(f"a ResNet of width {width}: below 8, oneDNN's gradient of its "
-                             "shortcuts writes past its memory")
         self.conv = nn.Conv2d(3, width, 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(3, 2, padding=1) if max_pool else nn.Identity()
-        layers, channels = [], width
+        self.layers = nn.Sequential()
+        side = (image_size + 1) // 2 if max_pool else image_size
+        channels = width
         for stage, count in enumerate(blocks):
-            for i in range(count):
-                out, stride = width * 2**stage, 2 if stage > 0 and i == 0 else 1
-                layers.append(BasicBlock(channels, out, stride))
-                if stride > 1:
-                    layers[-1].downsample = nn.Sequential(
-                        conv1x1(channels, out, stride), nn.BatchNorm2d(out))
-                channels = out
-        self.layers = nn.Sequential(*layers)
-        k = max(1, image_size // (64 if max_pool else 32))
-        self.feature_dim = channels * k**2
+            if stage > 0:
+                self.layers.append(downsampling_block(channels))
+                channels *= 2
+                side = (side + 1) // 2
+                count -= 1
+            for _ in range(count):
+                self.layers.append(BasicBlock(channels, channels))
+        self.feature_dim = channels * max(1, side // 4) ** 2
         self.head = nn.Linear(self.feature_dim, out_dim) if out_dim else nn.Identity()
 
-    def features(self, x):                                       # [B, 3, H, W], normalised
+    def features(self, x):                                                 # normalised
         x = self.pool(F.relu(self.bn(self.conv(x))))
-        x = self.layers(x)                                       # [B, 8 * width, H/8, W/8], or /16
+        x = self.layers(x)                                     # [B, 8 * width, H/8, W/8], or /16
         return F.adaptive_avg_pool2d(x, max(1, x.shape[-1] // 4)).flatten(1)
 
     def forward(self, x):
         return self.head(self.features(x))
 
-# Name: make(out_dim, image_size, width). One that is distilled with has no batch norm. Each has
-# `features(x)`, the penultimate representation that is probed, `head` and `forward(x)`.
-ENCODERS = {"convnet": ConvNet,
-            "resnet10": functools.partial(ResNet, [1, 1, 1, 1]),
-            "resnet18": functools.partial(ResNet, [2, 2, 2, 2])}
+def downsampling_block(channels):
+    """The first block of a ResNet's stage: twice the channels at half the size. Its shortcut picks
+    every second pixel by a pooling window of one, and then convolves: equal to a 1x1 convolution
+    with stride, whose gradient writes past its memory in oneDNN (its issue 6035)."""
+    block = BasicBlock(channels, 2 * channels, stride=2)
+    block.downsample = nn.Sequential(nn.AvgPool2d(1, 2), conv1x1(channels, 2 * channels),
+                                     nn.BatchNorm2d(2 * channels))
+    return block
+
+class TorchvisionNet(nn.Module):
+    """A classifier of torchvision, by its name: its last linear layer is the head, and the input
+    of that layer the features. Raises InputError if it cannot take images of that size."""
+
+    def __init__(self, name, out_dim, image_size):
+        super().__init__()
+        try:
+            self.body = torchvision.models.get_model(name, num_classes=out_dim)
+            layers = dict(self.body.named_modules())
+            path = [key for key, layer in layers.items() if isinstance(layer, nn.Linear)][-1]
+            self.head = layers[path]
+            parent, _, attribute = path.rpartition(".")
+            setattr(layers[parent], attribute, nn.Identity())
+            with torch.no_grad():
+                self(torch.zeros(2, 3, image_size, image_size))
+        except Exception as error:         # each network has its own reasons
+            raise InputError(f"torchvision:{name} cannot be used on images of {image_size} pixels "
+                             f"({first_line(error)})") from error
+
+    def features(self, x):                                                 # normalised
+        return self.body(x)
+
+    def forward(self, x):
+        return self.head(self.features(x))
+
+# Name: make(out_dim, image_size, width). A student has no batch norm. Each has `features(x)`, the
+# penultimate representation that is probed, `head`, and `forward(x)`.
+ENCODERS = {
+    "convnet": ConvNet,
+    "convnet_bn": convnet_bn,
+    "resnet10": functools.partial(ResNet, [1, 1, 1, 1]),
+    "resnet18": functools.partial(ResNet, [2, 2, 2, 2]),
+}
 
 def encoder(name, out_dim, image_size):
-    """A freshly built encoder of ENCODERS; `name` may end in a width, as in resnet18:16."""
-    kind, _, width = name.partition(":")
-    if kind not in ENCODERS or not (width or "1").isdecimal():
+    """A freshly built encoder: a name of ENCODERS, which may end in a width, as in resnet18:16, or
+    one of torchvision's, as in torchvision:vgg11_bn. Raises InputError for any other name."""
+    kind, _, argument = name.partition(":")
+    if kind == "torchvision" and argument:
+        return TorchvisionNet(argument, out_dim, image_size)
+    if kind not in ENCODERS or argument and not (argument.isdecimal() and int(argument) > 0):
         raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a "
-                         "width if you like, as in resnet18:16")
-    return ENCODERS[kind](out_dim, image_size, *([int(width)] if width else []))
+                         "width if you like, as in resnet18:16, or give torchvision:NAME")
+    if argument:
+        return ENCODERS[kind](out_dim, image_size, int(argument))
+    return ENCODERS[kind](out_dim, image_size)
 
-# ---- Self-supervision: what the teacher learns by --------------------------------------------
+def student_name(s):
+    """The student of the settings, as `encoder` knows it."""
+    return f"{s.student}:{s.width}"
+
+def teacher_network(s, image_size):
+    """The ResNet-18 of the settings: images to representations [B, feature_dim]."""
+    f_T = ENCODERS["resnet18"](None, image_size, s.teacher_width, s.max_pool)
+    if s.standardize:
+        f_T.head = nn.BatchNorm1d(f_T.feature_dim, affine=False)
+    return f_T
+
+# ---- Self-supervision: what the teacher learns by ---------------------------------------------
 def barlow_twins_loss(z1, z2, lambd):
     """Barlow Twins, Eq. 1: sum_i (1 - F_ii)^2 + lambda * sum_{i != j} F_ij^2.
     z1, z2: [B, d], projections of two views of the same B images. F is their [d, d]
     cross-correlation: each output is standardised over the batch first (Zbontar et al. 2021).
-    lambd: weight of the off-diagonal terms; 1/128 on CIFAR, 1/1024 on TinyImageNet."""
-    z1, z2 = (F.batch_norm(z, None, None, training=True) for z in (z1, z2))
-    corr = z1.T @ z2 / len(z1)                                           # F          [d, d]
+    lambd: the weight of the off-diagonal terms; 1/128 on CIFAR, 1/1024 on TinyImageNet."""
+    z1 = F.batch_norm(z1, None, None, training=True)
+    z2 = F.batch_norm(z2, None, None, training=True)
+    corr = z1.T @ z2 / len(z1)                                             # F          [d, d]
     on_diagonal = (1 - corr.diagonal()).square().sum()
     off_diagonal = corr.square().sum() - corr.diagonal().square().sum()
     return on_diagonal + lambd * off_diagonal
@@ -151,10 +207,10 @@ def nt_xent_loss(z1, z2, temperature=0.5):
     """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views.
     z1, z2: [B, d], projections of two views of the same B images. Each view's positive is the
     other view of its image; the remaining 2B - 2 views are its negatives."""
-    z = F.normalize(torch.cat([z1, z2]))                                         # [2B, d]
+    z = F.normalize(torch.cat([z1, z2]))                                   # [2B, d]
     itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
     similarity = (z @ z.T / temperature).masked_fill(itself, float("-inf"))
-    positive = torch.arange(len(z), device=z.device).roll(len(z1))               # i <-> i + B
+    positive = torch.arange(len(z), device=z.device).roll(len(z1))         # i <-> i + B
     return F.cross_entropy(similarity, positive)
 
 def barlow_projector(d):
@@ -168,39 +224,94 @@ def simclr_projector(d):
                          nn.Linear(d, 128), nn.BatchNorm1d(128))
 
 def warmup_cosine(step, steps, per_epoch, peak):
-    """Rate at `step`: linear for 10 epochs (10% of short runs), then cosine to peak / 1000."""
-    warmup, floor = min(10 * per_epoch, max(1, steps // 10)), 1e-3 * peak
+    """The learning rate at `step` of `steps`: linear for 10 epochs of `per_epoch` steps (10% of
+    short runs), then a cosine down to peak / 1000."""
+    warmup = min(10 * per_epoch, max(1, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
+    floor = 1e-3 * peak
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
-# Name of --ssl: the loss of two views' projections under the settings s, the head, the schedule.
-SSL = {
-    "barlow": (lambda z1, z2, s: barlow_twins_loss(z1, z2, s.lambd),
-               barlow_projector, warmup_cosine),
-    "simclr": (lambda z1, z2, s: nt_xent_loss(z1, z2, s.temperature),
-               simclr_projector, lambda step, steps, per_epoch, peak: peak),
+class SSLMethod(NamedTuple):
+    """What a teacher learns by."""
+    loss: Callable                         # (z1, z2, settings) -> a number
+    projector: Callable                    # the encoder's dimension -> the head that makes z
+    schedule: Callable                     # (step, steps, steps an epoch, peak) -> learning rate
+
+SSL = {                                    # the names of --ssl
+    "barlow": SSLMethod(lambda z1, z2, s: barlow_twins_loss(z1, z2, s.lambd),
+                        barlow_projector, warmup_cosine),
+    "simclr": SSLMethod(lambda z1, z2, s: nt_xent_loss(z1, z2, s.temperature),
+                        simclr_projector, lambda step, steps, per_epoch, peak: peak),
 }
 
-# ---- What a student f minimises: the mean of these over images (and dimensions) --------------
-def mse(f, x, y):
-    """L_MSE of Eq. 7 before its mean: [B, d] for images x and the teacher's representations y."""
-    return (f(x) - y).square()
+def two_projections(network, images, data, s, draw):
+    """A network's outputs for two views x1, x2 ~ A(x) of uint8 images, drawn from stream(*draw):
+    z1, z2 of Eq. 1, each [B, d]. Both go through it as one batch: batch norm sees them together."""
+    first, second = two_views(images, stream(*draw).initial_seed(), (s.crop_scale, 1.0), s.grey)
+    x = torch.cat([data.normalize(first), data.normalize(second)])         # [2B, 3, H, W]
+    return network(x.contiguous(memory_format=torch.channels_last)).float().chunk(2)
 
-def cross_entropy(f, x, y):
-    """[B] for labels y: MTT (Cazenavette et al. 2022)."""
-    return F.cross_entropy(f(x), y, reduction="none")
+# ---- What a student minimises -----------------------------------------------------------------
+class Objective(NamedTuple):
+    """What a student f minimises on a batch of images x with y.
+    target: what y is: the teacher's "representations", "labels", or two "views", functions of x.
+    loss: (f(x), y) -> the loss of each image, or of each of its dimensions, before the mean; for
+    views (f(x1), f(x2)) -> the loss of the batch."""
+    loss: Callable
+    target: str
 
-def simclr(f, x, y):
-    """SimCLR's loss of two views, y being two augmentations as functions: MTT-SSL (app. F)."""
-    return nt_xent_loss(*(f(augment(x)) for augment in y))
+def squared_error(z, y):
+    """L_MSE of Eq. 5 and 7 before its mean, [B, d], for representations z and the teacher's y."""
+    return (z - y).square()
 
-# Name of --objective: the loss, and what y is.
-OBJECTIVES = {"mse": (mse, "representations"), "ce": (cross_entropy, "labels"),
-              "ssl": (simclr, "views")}
+def cross_entropy(z, y):
+    """[B] for logits z and labels y: MTT (Cazenavette et al. 2022)."""
+    return F.cross_entropy(z, y, reduction="none")
 
-# ---- A network as a function of one flat vector ----------------------------------------------
+OBJECTIVES = {                             # the names of --objective
+    "mse": Objective(squared_error, "representations"),
+    "ce": Objective(cross_entropy, "labels"),
+    "ssl": Objective(nt_xent_loss, "views"),                               # MTT-SSL (appendix F)
+}
+
+def mean_loss(objective, f, x, y):
+    """The mean loss of a network f on a batch of images x with y."""
+    if objective.target == "views":
+        first, second = y
+        return objective.loss(f(first(x)), f(second(x)))
+    return objective.loss(f(x), y).mean()
+
+def augmentations_of_normalized(data, s, n, draw):
+    """Two augmentations from stream(*draw), as functions of n normalised images of `data`; n = 1:
+    one and the same for any number of images."""
+    pair = draw_augmentations(n, data.image_size, stream(*draw).initial_seed(),
+                              data.train_images.device, (s.crop_scale, 1.0), s.grey)
+    return [lambda x, view=view: data.normalize(view(data.denormalize(x))) for view in pair]
+
+@dataclass
+class Examples:
+    """What a student trains on: examples(batch, draw) is (x, y) of `Objective` for the images
+    `batch`. images: [n, 3, H, W], uint8 or normalised. targets: the teacher's representations
+    [n, d], labels [n], or None for two views, drawn from stream(*draw)."""
+    images: torch.Tensor
+    targets: torch.Tensor
+    data: Dataset
+    s: Namespace
+
+    def __call__(self, batch, draw):
+        x = self.images[batch]
+        if x.dtype == torch.uint8:
+            x = self.data.normalize(x)
+        return x, self.y(batch, draw)
+
+    def y(self, batch, draw):
+        if self.targets is None:
+            return augmentations_of_normalized(self.data, self.s, len(batch), draw)
+        return self.targets[batch]
+
+# ---- A network as a function of one flat vector -----------------------------------------------
 def flat_parameters(model):
     """All parameters of `model` copied into one vector theta [P], in their own order."""
     return torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -208,144 +319,118 @@ def flat_parameters(model):
 def functional(model):
     """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
     `model` lends its architecture only. Raises InputError if it has batch norm, whose running
-    statistics are not in theta: a trajectory of theta would not say what the network is."""
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise InputError("a network with batch norm is no function of its parameters alone, so "
-                         "it cannot be distilled with: use InstanceNorm")
-    names, shapes = zip(*((name, p.shape) for name, p in model.named_parameters()))
-    sizes = [shape.numel() for shape in shapes]
+    statistics are not in theta, or dropout: theta alone would not say what the network is."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
+            raise InputError("a network with batch norm or dropout is no function of its parameters"
+                             " alone, and cannot be distilled with: use InstanceNorm")
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    sizes = [shape.numel() for shape in shapes.values()]
 
     def f(theta, x):
-        parameters = {n: v.view(s) for n, v, s in zip(names, theta.split(sizes), shapes)}
+        parts = zip(shapes.items(), theta.split(sizes))
+        parameters = {name: part.view(shape) for (name, shape), part in parts}
         return torch.func.functional_call(model, parameters, (x,))
 
     return f
 
-# ---- The training loop -----------------------------------------------------------------------
-def batches(n, batch_size, epochs, seed, name, device="cpu", drop_last=False):
-    """(step, indices on `device`) of the mini-batches of `epochs` random passes over n images."""
+# ---- Tools of the training loops --------------------------------------------------------------
+def batches(n, batch_size, epochs, seed, name, device="cpu", drop_last=False, first=0):
+    """(step, indices on `device`) of the mini-batches of `epochs` random passes over n images,
+    from step `first` on."""
     step = 0
     for epoch in range(epochs):
         order = torch.randperm(n, generator=stream(seed, name, epoch)).to(device)
         for batch in order.split(batch_size):
-            if len(batch) == batch_size or not drop_last:
+            if len(batch) < batch_size and drop_last:
+                continue
+            if step >= first:
                 yield step, batch
-                step += 1
+            step += 1
 
-def train(loss, optimizer, order, rate=None):
-    """One step of `optimizer` on loss(batch, step) for each (step, batch) of `order`.
-    rate(step): the learning rate, if it changes. Yields (steps done, {"loss": ...})."""
-    for step, batch in order:
-        if rate:
-            for group in optimizer.param_groups:
-                group["lr"] = rate(step)
-        optimizer.zero_grad()
-        value = loss(batch, step)
-        value.backward()
-        optimizer.step()
-        yield step + 1, {"loss": value.detach()}
-
-def exhaust(loop):
-    """Runs a loop to its end."""
-    for _ in loop:
-        pass
+def set_learning_rate(optimizer, lr):
+    """Sets the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
 
 @torch.no_grad()
-def encode(f, images, prepare=lambda images: images, chunk=250):
+def encode(f, images, prepare=None, chunk=250):
     """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
+    prepare = prepare or torch.nn.Identity()
     return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
 
-def compiled(f, on=True, count=1):
-    """f, compiled by torch for the first `count` shapes of its arguments; f itself for others (an
-    epoch's short last batch), and for all if there is no compiler that works."""
-    fast, known = torch.compile(f, fullgraph=True, dynamic=False) if on else f, []
+class Compiled:
+    """f, compiled by torch for the first `max_shapes` shapes of its arguments. Others, such as an
+    epoch's short last batch, are not worth the compiler's time and run as they are; so does
+    everything if there is no compiler that works."""
 
-    def call(*args):
-        nonlocal fast
-        shapes = [a.shape for a in args if torch.is_tensor(a)]
-        if shapes not in known and len(known) < count:
-            known.append(shapes)
-        if shapes in known and fast is not f:
-            try:
-                return fast(*args)
-            except Exception as error:
-                print(f"not compiled ({first_line(error)}): going on without", flush=True)
-                fast = f
-        return f(*args)
-    return call
+    def __init__(self, f, max_shapes=1):
+        self.f, self.fast = f, torch.compile(f, fullgraph=True, dynamic=False)
+        self.shapes, self.max_shapes = [], max_shapes
 
-def first_line(error):
-    """The first line of an exception's message, or its type where it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+    def __call__(self, *arguments):
+        shapes = [a.shape for a in arguments if torch.is_tensor(a)]
+        if shapes not in self.shapes and len(self.shapes) < self.max_shapes:
+            self.shapes.append(shapes)
+        if shapes not in self.shapes:
+            return self.f(*arguments)
+        try:
+            return self.fast(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(f"torch.compile failed ({first_line(error)}): going on without", flush=True)
+            self.shapes, self.max_shapes = [], 0
+            return self.f(*arguments)
 
-# ---- Devices and processes: alone, or one of the ranks that torchrun starts ------------------
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+# ---- A run ------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """A run: its settings, its data and where its files lie. run_dir holds what all distilled sets
+    of a data set share, the teacher and the experts; set_dir, below it, one distilled set."""
+    s: Namespace
+    data: Dataset
+    run_dir: Path
+    set_dir: Path
+    log: Log
 
-def start(device):
-    """The torch.device called `device` (auto: the GPU if there is one); joins the other ranks."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    @property
+    def objective(self):
+        return OBJECTIVES[self.s.objective]
+
+    @functools.cached_property
+    def targets(self):
+        """What students match: Z_T [n, d], the labels [n], or None for views; on the device."""
+        if self.objective.target == "representations":
+            return load(self.run_dir / "representations.pt").to(self.s.device)
+        if self.objective.target == "labels":
+            return self.data.train_labels
+        return None
+
+    @property
+    def out_dim(self):
+        """The dimension of a student's output; SimCLR's (A.1) where there is nothing to match."""
+        if self.targets is None:
+            return 128
+        if self.targets.dim() == 1:
+            return self.data.classes
+        return self.targets.shape[1]
+
+    @property
+    def can_compile(self):
+        """Whether to compile students' steps. Views are other functions in every step."""
+        return self.s.compile and self.objective.target != "views"
+
+    def student(self):
+        """A student of the settings, on the device; its weights are arbitrary."""
+        return encoder(student_name(self.s), self.out_dim, self.data.image_size).to(self.s.device)
+
+    def expert_file(self, i):
+        """Where expert i is kept."""
+        return self.run_dir / "experts" / f"expert_{i:03d}.pt"
+
+def read_config(path):
+    """The contents of a run's config.json, {section: entry}; {} if there is none."""
     try:
-        device = torch.ones(1, device=device).device
-    except Exception as error:
-        raise InputError(f"--device {device} cannot be used here ({first_line(error)})") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True                  # shapes are few
-    else:
-        keep_freed_memory()
-    if RANKS > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=7))      # while rank 0 works
-    return device
-
-def keep_freed_memory():
-    """Has glibc keep freed blocks for the next step. By itself it gives large ones back to the
-    kernel, which clears their pages anew: much of a step's time on a CPU."""
-    with contextlib.suppress(AttributeError, TypeError):           # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)                                     # M_TRIM_THRESHOLD: do not trim
-        mallopt(-4, 0)                                             # M_MMAP_MAX: no separate blocks
-
-@contextlib.contextmanager
-def command_line(script):
-    """What a user can put right ends the program with one line and exit code 2. Rank 0 prints."""
-    try:
-        with contextlib.redirect_stdout(None if RANK else sys.stdout):
-            yield
-    except InputError as error:
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(f"{script}: stopped; the same command goes on")
-
-def barrier():
-    """Returns when every rank has come here."""
-    if RANKS > 1:
-        dist.barrier()
-
-@contextlib.contextmanager
-def rank_0_first():
-    """Rank 0 does what is below first (it downloads), then the others (they find it there)."""
-    if RANK:
-        barrier()
-    yield
-    if not RANK:
-        barrier()
-
-def sum_over_ranks(tensors):
-    """Replaces each of `tensors` by its sum over the ranks."""
-    for tensor in tensors if RANKS > 1 else ():
-        dist.all_reduce(tensor)
-
-def rows_of_all_ranks(z):
-    """The rows z [b, d] of every rank, [RANKS * b, d]; gradients flow to this rank's own only.
-    A loss of them all has on each rank the gradient of its share: the sum over ranks is whole."""
-    if RANKS == 1:
-        return z
-    rows = [torch.empty_like(z) for _ in range(RANKS)]
-    dist.all_gather(rows, z.detach().contiguous())
-    rows[RANK] = z
-    return torch.cat(rows)
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not a config.json of this project ({first_line(error)}): "
+                         "restore it, or delete it and the results beside it") from error
