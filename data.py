@@ -79,10 +79,11 @@ def load(path, **options):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: run the stage that makes it first") from None
+        raise InputError(f"{path} does not exist: either its name is mistyped, or the stage that "
+                         "makes it has not been run") from None
     except Exception as error:             # pickle, zip and torch each have their own
-        raise InputError(f"{path} is not a whole torch file of plain data "
-                         f"({first_line(error)})") from error
+        raise InputError(f"{path} is not a whole torch file of tensors and plain values: it is "
+                         f"damaged, or another kind of file ({type(error).__name__})") from error
 
 def checksum(*values):
     """Eight hexadecimal digits that tell the contents of tensors, arrays or plain values apart."""
@@ -156,6 +157,7 @@ class Progress:
             for name, part in self.state.items():
                 saved[name] = part if torch.is_tensor(part) else part.state_dict()
             save(self.checkpoint, saved)
+        if save_due:
             self.saved_at = time.monotonic()
         if visit_due:
             self.visit(step)
@@ -167,7 +169,7 @@ class Progress:
         for name in latest:
             means[name] = float(sum(values[name] for values in self.recent)) / len(self.recent)
             if not math.isfinite(means[name]) or (name == "lr" and latest["lr"] <= 0):
-                raise Diverged(f"{self.stage}: {name} became {float(latest[name]):.3g} at step "
+                raise Diverged(f"{self.stage}: {name} became {float(latest[name]):.3g} by step "
                                f"{step}. {self.advice}")
         now = time.monotonic()             # reading the values has waited for the device
         if print_line:
@@ -184,7 +186,7 @@ class Progress:
         saved = load(self.checkpoint)
         try:
             if saved["ranks"] != RANKS:
-                raise ValueError(f"it is of {saved['ranks']} processes, not {RANKS}")
+                raise ValueError(f"it was made by {saved['ranks']} processes, not {RANKS}")
             for name, part in self.state.items():
                 if torch.is_tensor(part):
                     part.copy_(saved[name])
@@ -231,14 +233,15 @@ def keep_freed_memory():
 @contextlib.contextmanager
 def command_line(script):
     """Runs a command. What a user can put right ends it with one line and exit code 2. Only rank 0
-    prints; a console that lacks a character shows a question mark in its place."""
+    reports progress; a character that the console lacks is shown as a question mark."""
     sys.stdout.reconfigure(errors="replace")
     sys.stderr.reconfigure(errors="replace")
     try:
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
             yield
     except (InputError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"{script}: {' '.join(str(error).split())}", file=sys.stderr)
+        reason = " ".join(str(error).split()) or "there is not enough memory"
+        print(f"{script}: {reason}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(f"{script}: stopped; run the same command again to go on")
@@ -253,9 +256,11 @@ def rank_0_first():
     """Rank 0 does what is below first, e.g. it downloads; then the others, who find it done."""
     if RANK > 0:
         barrier()
-    yield
-    if RANK == 0:
-        barrier()
+    try:
+        yield
+    finally:                               # if rank 0 fails, the others must not wait for ever
+        if RANK == 0:
+            barrier()
 
 def sum_over_ranks(tensors):
     """Replaces each of `tensors` by its sum over the ranks."""
@@ -264,8 +269,8 @@ def sum_over_ranks(tensors):
             dist.all_reduce(tensor)
 
 def rows_of_all_ranks(z):
-    """The rows z [b, d] of every rank, [RANKS * b, d]. Gradients flow to this rank's own only, so
-    that the sum over ranks of the gradients of a loss of all rows is the whole gradient."""
+    """The rows z [b, d] of every rank, [RANKS * b, d]. Gradients flow to this rank's own rows only:
+    summed over the ranks, the gradients of a loss of all rows are the whole gradient."""
     if RANKS == 1:
         return z
     rows = [torch.empty_like(z) for _ in range(RANKS)]
@@ -285,7 +290,8 @@ STATISTICS = {
 @dataclass
 class Dataset:
     """Images uint8 [N, 3, H, H], labels int64 [N] from 0 on (-1: unknown), mean and std [3, 1, 1]
-    of the pixels. images_id, id: checksums of the training images, and of everything."""
+    of the pixels. images_id, id: checksums of the training images, and of everything. source: what
+    it was loaded by."""
     name: str
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -295,6 +301,7 @@ class Dataset:
     std: torch.Tensor
     images_id: str = ""
     id: str = ""
+    source: str = ""
 
     @property
     def image_size(self):
@@ -360,7 +367,7 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
                    mean=torch.tensor(mean, device=device)[:, None, None],
                    std=torch.tensor(std, device=device)[:, None, None],
                    images_id=checksum(arrays["train_images"]),
-                   id=checksum(*[arrays[key] for key in ARRAYS]))
+                   id=checksum(*[arrays[key] for key in ARRAYS]), source=name)
 
 ARRAYS = ["train_images", "train_labels", "test_images", "test_labels"]
 EXTRAS = ["mkdt_class_names", "mkdt_notes"]                    # what only our own .npz files have
@@ -517,7 +524,7 @@ def decode(splits, size, class_names=(), notes=()):
         raise InputError(f"{len(broken)} images cannot be read; repair or remove "
                          f"{', '.join(sorted(broken)[:20])}")
     if left_out:
-        told = f"left out: {len(left_out)} files that are no images ({', '.join(set(left_out))})"
+        told = f"left out: {len(left_out)} files that are not images ({', '.join(set(left_out))})"
         notes = [*notes, told]
     extras = zip(EXTRAS, (np.array(class_names, str), np.array(notes, str)))
     return {**arrays, **dict(extras)}
@@ -559,7 +566,7 @@ def read_folder(folder, files, size):
     if not splits["test"] and (folder / "val").is_dir():
         notes.append("val/ is not read: call it test/ to use it as such")
     if len(names) == 1:
-        notes.append(f"the only class folder in train/ is {names[0]}/")
+        notes.append(f"the only class folder is {names[0]}/")
     return decode(splits, size, names, notes)
 
 # ---- Official data sets -----------------------------------------------------------------------
@@ -580,13 +587,16 @@ def read_official(name, data_dir, size):
                          "download that was interrupted") from error
     return decode(splits, size)
 
-def from_torchvision(make, train, test, pictures, labels, data_dir):
-    """One of torchvision's data sets: make(root, **train) and make(root, **test)."""
-    splits = {}
-    for split, options in (("train", train), ("test", test)):
-        dataset = make(data_dir, download=True, **options)
-        splits[split] = list(zip(getattr(dataset, pictures), getattr(dataset, labels)))
-    return splits
+def from_torchvision(make, train, test, pictures, labels):
+    """A reader of one of torchvision's data sets: make(root, **train) and make(root, **test), which
+    keep what is wanted in their fields `pictures` and `labels`."""
+    def read(data_dir):
+        splits = {}
+        for split, options in (("train", train), ("test", test)):
+            dataset = make(data_dir, download=True, **options)
+            splits[split] = list(zip(getattr(dataset, pictures), getattr(dataset, labels)))
+        return splits
+    return read
 
 def fetched(path, *archives):
     """`path`, which is unpacked from the archives (url, md5) if it is not there."""
@@ -692,22 +702,19 @@ def shapes(data_dir):
     pairs = list(zip(*draw_shapes(8000, 24, np.random.default_rng(0))))
     return {"train": pairs[:4000], "test": pairs[4000:]}
 
-def torchvisions(make, train, test, pictures, labels, places):
-    """The Source of one of torchvision's data sets, see `from_torchvision`."""
-    return Source(functools.partial(from_torchvision, make, train, test, pictures, labels), places)
-
 CIFAR = {"train": True}, {"train": False}, "data", "targets"
 FILES = {"split": "test"}, "_image_files", "_labels"
 OFFICIAL = {
-    "cifar10": torchvisions(datasets.CIFAR10, *CIFAR, "cifar-10-python.tar.gz"),
-    "cifar100": torchvisions(datasets.CIFAR100, *CIFAR, "cifar-100-python.tar.gz"),
+    "cifar10": Source(from_torchvision(datasets.CIFAR10, *CIFAR), "cifar-10-python.tar.gz"),
+    "cifar100": Source(from_torchvision(datasets.CIFAR100, *CIFAR), "cifar-100-python.tar.gz"),
     "tinyimagenet": Source(tinyimagenet, "tinyimagenet/tiny-imagenet-200.zip", side=64),
-    "aircraft": torchvisions(datasets.FGVCAircraft, {"split": "trainval"}, *FILES,
-                             "fgvc-aircraft-2013b.tar.gz"),
+    "aircraft": Source(from_torchvision(datasets.FGVCAircraft, {"split": "trainval"}, *FILES),
+                       "fgvc-aircraft-2013b.tar.gz"),
     "cub2011": Source(cub2011, "cub2011/CUB_200_2011.tgz"),
     "dogs": Source(dogs, "dogs/images.tar dogs/lists.tar"),
-    "flowers": torchvisions(datasets.Flowers102, {"split": "train"}, *FILES, "flowers-102/"
-                            "102flowers.tgz flowers-102/imagelabels.mat flowers-102/setid.mat"),
+    "flowers": Source(from_torchvision(datasets.Flowers102, {"split": "train"}, *FILES),
+                      "flowers-102/102flowers.tgz flowers-102/imagelabels.mat "
+                      "flowers-102/setid.mat"),
     "cars": Source(cars, "stanford_cars/cars_train stanford_cars/cars_test stanford_cars/devkit "
                    "stanford_cars/cars_test_annos_withlabels.mat"),
     "shapes": Source(shapes, "", side=24),
@@ -801,10 +808,10 @@ class Augmentation:
         return torch.where(self.grey, rgb_to_grayscale(images), images)
 
 def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), grey=0.2):
-    """Two draws from A of Eq. 1 for n images of `size` pixels, fixed by `seed`: the recipe of A.1.
-    Random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
-    contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `grey`). Every image has its own
-    parameters; only the order of the jitters is drawn once for the batch."""
+    """Two draws from A of Eq. 1 for n images of `size` pixels, fixed by `seed`, as in mix-bt, which
+    A.1 cites: random resized crop (share of the area in `scale`), flip (p 0.5), jitter of
+    brightness, contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `grey`). Every image
+    has its own parameters; only the order of the jitters is drawn once for the batch."""
     rng = torch.Generator(device).manual_seed(seed)
     order_rng = np.random.default_rng(seed)
     draws = []

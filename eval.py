@@ -64,9 +64,9 @@ def pretrain_ssl(encoder, order, images, data, s, lr, seed, progress):
 
 # ---- Linear probe (Eq. 3) and fine-tuning (Table 10) ------------------------------------------
 def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
-    """A linear classifier by full-batch LBFGS: cross-entropy + weight * sum(W^2), the bias free.
-    features [n, d], labels int64 [n]. From zero; a line search keeps it from diverging. Returns W
-    [classes, d], b [classes]. Raises ValueError for features that are not finite."""
+    """A linear classifier by full-batch LBFGS on cross-entropy + weight * sum(W^2); the bias is not
+    penalised. features [n, d], labels int64 [n]. It starts from zero, and a line search keeps it
+    from diverging. Returns W [classes, d], b [classes]. ValueError if features are not finite."""
     if not features.isfinite().all():
         raise ValueError("the features are not finite")
     W = features.new_zeros(classes, features.shape[1], requires_grad=True)
@@ -169,10 +169,10 @@ def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
 def krr_st(make, images, targets, real, lr, lifetime, progress_of):
     """KRR-ST (Lee et al. 2023): moves images [n, 3, H, W] and targets [n, d] to lower `krr_loss` of
     real images under an encoder out of a pool of ten by make(). That encoder then takes a step on
-    the set itself by MSE, or begins anew at the age of `lifetime` steps; ages begin between 1 and
-    there. Adam, whose rate falls linearly from `lr` to a thousandth of it.
-    real(step) -> augmented real images, the teacher's representations of them. progress_of(**state)
-    makes the Progress. Returns images and targets."""
+    the set itself by MSE, or begins anew after `lifetime` steps; at first, their ages are random.
+    Adam, whose rate falls linearly from `lr` to a thousandth of it. The images, from [0, 1] at
+    first, are network input as they are. real(step) -> augmented real images, normalised, and the
+    teacher's representations of them. progress_of(**state) makes the Progress."""
     images = images.clone().requires_grad_()
     targets = targets.clone().requires_grad_()
     pool = torch.nn.ModuleList(build(make, 0, "krr_st", k, 0) for k in range(10)).to(images.device)
@@ -213,9 +213,9 @@ def krr_st(make, images, targets, real, lr, lifetime, progress_of):
 
 def dm(make, images, data, s, groups, progress_of):
     """DM (Zhao & Bilen 2023) without labels (appendix F): moves images [n, 3, H, W] by SGD at 1.
-    Every iteration takes a fresh encoder of make(), and draws the mean features of each of as many
-    `groups` of images as there would be classes to those of 256 real images, under one augmentation
-    for both; the losses are summed. progress_of as in `krr_st`. Returns the images."""
+    In every iteration, under a fresh encoder of make(), it brings the mean feature of each of
+    `groups` groups of the images closer to that of 256 real images; both have the same
+    augmentation. progress_of as in `krr_st`. Returns the images."""
     images = images.clone().requires_grad_()
     optimizer = torch.optim.SGD([images], 1.0, momentum=0.5)
     progress = progress_of(images=images, optimizer=optimizer)
@@ -294,6 +294,13 @@ class SetName(NamedTuple):
     argument: str
     rate: str                              # "", a number, or "mkdt"
 
+    @property
+    def ssl_epochs(self):
+        """The epochs of random:ssl:80, 1000 for random:ssl, and 0 for other sets."""
+        if self.kind != "random" or not self.argument:
+            return 0
+        return int(self.argument[4:] or 1000)
+
 def parse_set(text):
     """The SetName of `text`. Raises InputError if there is no such set."""
     name, source = text, text
@@ -323,81 +330,82 @@ class Sets:
     """The sets of a run, each read from its files once."""
 
     def __init__(self, run):
-        self.run, self.device = run, run.s.device
+        self.run = run
         self.mkdt = self.read(run.set_dir / "distilled.pt")
         self.order = load(run.set_dir / "init.pt").get("order")
         self.real_id = checksum(run.data.id, run.targets)
         self.kept = {}
 
-    def read(self, path):
-        """A distilled set, on the device."""
-        images, targets, lr = read_distilled(path)
-        on_device = None if targets is None else targets.to(self.device)
-        return PretrainingSet(images.to(self.device), on_device, lr, checksum(images, targets))
-
     def get(self, name, seed):
         """The PretrainingSet of a SetName for `seed`."""
-        real, targets = self.run.data.train_images, self.run.targets
         if name.kind == "none":
             return PretrainingSet(None, None, 0.0, "")
-        if name.kind == "full":
-            found = PretrainingSet(real, targets, None, self.real_id)
-        elif name.kind in ("random", "subset", "high_loss"):
-            chosen = self.indices(name, seed)
-            found = PretrainingSet(real[chosen], None if targets is None else targets[chosen], None,
-                                   checksum(self.real_id, chosen))
+        if name.kind == "random":
+            total = len(self.run.data.train_images)
+            found = self.real(torch.randperm(total, generator=stream(seed, "random subset")))
+        elif name in self.kept:
+            found = self.kept[name]
         else:
-            found = self.once(name, self.from_files)
-        lr = found.lr or (1e-3 if name.argument.startswith("ssl") else self.run.s.pretrain_lr)
+            found = self.kept[name] = self.make(name)
+        lr = found.lr or self.run.s.pretrain_lr
+        if name.ssl_epochs:
+            lr = 1e-3
         if name.rate:
             lr = self.mkdt.lr if name.rate == "mkdt" else float(name.rate)
         return replace(found, lr=lr)
 
-    def once(self, name, read):
-        """read(name), which is kept."""
-        if name not in self.kept:
-            self.kept[name] = read(name)
-        return self.kept[name]
+    def read(self, path):
+        """A distilled set in files, on the device."""
+        images, targets, lr = read_distilled(path)
+        device, id = self.run.s.device, checksum(images, targets)
+        if targets is not None:
+            targets = targets.to(device)
+        return PretrainingSet(images.to(device), targets, lr, id)
 
-    def indices(self, name, seed):
-        """The indices of a set of real images, as many as the distilled set has."""
-        n, total = len(self.mkdt.images), len(self.run.data.train_images)
-        if name.kind == "random":
-            return torch.randperm(total, generator=stream(seed, "random subset"))[:n]
+    def real(self, order):
+        """The first of the training images in that order, as many as the distilled set has."""
+        chosen = order[:len(self.mkdt.images)]
+        targets = self.run.targets
+        if targets is not None:
+            targets = targets[chosen]
+        images = self.run.data.train_images[chosen]
+        return PretrainingSet(images, targets, None, checksum(self.real_id, chosen))
+
+    def make(self, name):
+        """A set that is the same for every seed; KRR-ST's and DM's are distilled if need be."""
+        run, folder, n = self.run, self.run.set_dir, len(self.mkdt.images)
+        if name.kind == "full":
+            return PretrainingSet(run.data.train_images, run.targets, None, self.real_id)
+        if name.kind == "high_loss":
+            if self.order is None:
+                raise InputError("high_loss needs a teacher, which only --objective mse has")
+            return self.real(self.order)
         if name.kind == "subset":
-            return self.once(name, self.from_list)
-        if self.order is None:
-            raise InputError("high_loss needs a teacher, which only --objective mse has")
-        return self.order[:n]
-
-    def from_list(self, name):
-        """The indices in the file of a subset."""
-        n = len(self.mkdt.images)
-        found = read_indices(name.argument, len(self.run.data.train_images))
-        fewer = f", fewer than the distilled set's {n:,}" if len(found) < n else ""
-        print(f"{name.name}: the first {min(n, len(found)):,} of {len(found):,} indices{fewer}")
-        return found[:n]
-
-    def from_files(self, name):
-        """A set that lies in files; KRR-ST's and DM's are distilled now if they do not."""
-        folder = self.run.set_dir
-        if name.kind == "initial":
-            return self.read(folder / "init.pt")
-        if name.kind == "mkdt":
-            snapshot = folder / f"distilled_{name.argument:0>5}.pt"
-            return self.read(snapshot) if name.argument else self.mkdt
-        if name.kind == "distilled":
-            found = self.read(Path(name.argument))
-            if not found.lr and not name.rate:
-                print(f"{name.name}: no learned rate lies beside it: using --pretrain-lr "
-                      f"{self.run.s.pretrain_lr:g}")
-            return found
-        count, _, pool = name.argument.partition(":")
-        iterations, pool = int(count or ITERATIONS[name.kind]), pool or "convnet_bn"
-        path = folder / f"{name.kind}_{iterations}_{pool.replace(':', '_')}.pt"
-        if not path.exists():
-            make_baseline(self.run, name.kind, iterations, len(self.mkdt.images), pool, path)
-        return self.read(path)
+            order = read_indices(name.argument, len(run.data.train_images))
+            told = f"the first {min(n, len(order)):,} of {len(order):,} indices"
+            if len(order) < n:
+                told += f", fewer than the distilled set's {n:,}"
+            print(f"{name.name}: {told}", flush=True)
+            return self.real(order)
+        if name.kind in ITERATIONS:
+            count, _, pool = name.argument.partition(":")
+            iterations = int(count or ITERATIONS[name.kind])
+            pool = pool or "convnet_bn"
+            path = folder / f"{name.kind}_{iterations}_{pool.replace(':', '_')}.pt"
+            if name.kind == "dm":
+                path = folder / f"dm_{iterations}.pt"
+            if not path.exists():
+                make_baseline(run, name.kind, iterations, n, pool, path)
+            return self.read(path)
+        if name.kind == "mkdt" and not name.argument:
+            return self.mkdt
+        path = {"initial": folder / "init.pt", "distilled": Path(name.argument),
+                "mkdt": folder / f"distilled_{name.argument:0>5}.pt"}[name.kind]
+        found = self.read(path)
+        if name.kind == "distilled" and not (found.lr or name.rate):
+            print(f"{name.name}: no learned rate lies beside it: using --pretrain-lr "
+                  f"{run.s.pretrain_lr:g}", flush=True)
+        return found
 
 class IndexUnpickler(pickle.Unpickler):
     """Unpickles lists, dicts, numbers and numpy arrays, and refuses everything else."""
@@ -457,8 +465,10 @@ def read_distilled(path):
                          "representations [n, d] or labels [n]")
     if lr is not None and not 0 < lr < math.inf:
         raise InputError(f"{path}: its learned rate is {lr}")
-    if targets is not None:
-        targets = targets.detach().long() if targets.dim() == 1 else targets.detach().float()
+    if targets is not None and targets.dim() == 1:
+        targets = targets.detach().long()
+    elif targets is not None:
+        targets = targets.detach().float()
     return images.detach().float(), targets, lr
 
 # ---- The table: its rows and cells, and the lines of results.csv ------------------------------
@@ -497,9 +507,8 @@ class Table:
 def evaluate(run, sets=None, tasks=None, labels=None, seeds=(0, 1, 2), encoders=None,
              protocol="linear", paired=None):
     """Computes the cells that results.csv lacks; returns the table and keeps it as results.md."""
-    with rank_0_first():                   # it distils the baselines
-        table = open_table(run, sets, tasks, labels, seeds, encoders, protocol, paired)
-        lines = valid_lines(table)
+    table = open_table(run, sets, tasks, labels, seeds, encoders, protocol, paired)
+    lines = valid_lines(table)
     barrier()                              # until every rank has read
     jobs = [job for job in itertools.product(table.encoders, table.seeds, table.names)
             if any(key not in lines for key in table.keys(*job))][RANK::RANKS]
@@ -535,14 +544,19 @@ def open_table(run, sets, tasks, labels, seeds, encoders, protocol, paired):
     names = [parse_set(text) for text in sets]
     if paired and paired not in [name.name for name in names]:
         raise InputError(f"--paired {paired} is not one of the sets: {' '.join(sets)}")
-    for name in names:
-        known.get(name, seeds[0])
+    with rank_0_first():                   # it distils the baselines
+        for name in names:
+            known.get(name, seeds[0])
     opened, shares = {}, {}
     for name in TASKS if tasks == ["all"] else tasks or [run.s.dataset]:
         try:
-            task = run.data
             if name != run.s.dataset:
                 task = load_dataset(name, run.s.data_dir, device=run.s.device)
+            elif run.s.train_images:       # a task has all of its labels
+                task = load_dataset(run.data.source, run.s.data_dir, run.s.image_size,
+                                    run.s.device)
+            else:
+                task = run.data
             if not task.labelled:
                 raise InputError(f"{name} has no labels to probe with in both splits")
         except InputError as error:
@@ -592,47 +606,54 @@ def write_results(path, lines):
 def compute(table, kind, seed, name, told):
     """Pre-trains an encoder of that kind on the set `name` and judges it on each task: {KEY: line}.
     What fails costs its own cells, and is said once: `told` keeps what has been said."""
-    lines, what = {}, name.name
+    lines = {}
+    scores_of = PROTOCOLS[table.protocol].scores
     try:
         chosen = table.sets.get(name, seed)
         net, mse = pretrained(table, kind, seed, name, chosen)
-        for task, shares in table.shares.items():
-            what = f"{name.name} on {task}"
-            scores = PROTOCOLS[table.protocol].scores(net, table.tasks[task], shares, seed,
-                                                      table.run.log)
-            for percent, score in zip(shares, scores):
-                key = name.name, table.how(kind), task, f"{percent:g}", str(seed)
-                values = *key, chosen.lr or "", score, mse, table.made_of(name, seed, task)
-                lines[key] = dict(zip(COLUMNS, map(str, values)))
     except (ValueError, RuntimeError) as error:
-        if what not in told:
-            told.add(what)
-            print(f"left out: {what} ({first_line(error)})", flush=True)
+        tell_once(told, name.name, error)
+        return lines
+    for task, shares in table.shares.items():
+        try:
+            scores = scores_of(net, table.tasks[task], shares, seed, table.run.log)
+        except (ValueError, RuntimeError) as error:
+            tell_once(told, f"{name.name} on {task}", error)
+            continue
+        for percent, score in zip(shares, scores):
+            key = name.name, table.how(kind), task, f"{percent:g}", str(seed)
+            values = *key, chosen.lr or "", score, mse, table.made_of(name, seed, task)
+            lines[key] = dict(zip(COLUMNS, map(str, values)))
     return lines
 
+def tell_once(told, what, error):
+    """Says that something is left out of the table, unless `told` has it already."""
+    if what not in told:
+        told.add(what)
+        print(f"left out: {what} ({first_line(error)})", flush=True)
+
 def pretrained(table, kind, seed, name, chosen):
-    """(an encoder of that kind, pre-trained on the PretrainingSet `chosen`; its distance of Eq. 2
-    to the teacher on test images, "" if it cannot be compared). ValueError if it diverges."""
+    """(an encoder of that kind, pre-trained on the PretrainingSet `chosen`; its distance, as in Eq.
+    2, from the teacher on test images, "" if they cannot be compared). Diverged if it diverges."""
     run, s = table.run, table.run.s
     objective, d, size = run.objective, run.out_dim, run.data.image_size
-    if chosen.targets is not None:         # a set made elsewhere brings its own
+    if chosen.targets is not None:         # a set made elsewhere may differ
         size, d = chosen.images.shape[-1], chosen.targets.shape[-1]
         if chosen.targets.dim() == 1:
             objective, d = OBJECTIVES["ce"], int(chosen.targets.max()) + 1
         elif objective.target != "representations":
             objective = OBJECTIVES["mse"]
-    ssl = name.argument.startswith("ssl")
     net, loss = student_and_loss(table, kind, d, size, objective)
     fresh = build(functools.partial(encoder, kind, d, size), seed, "evaluation encoder")
     net.train().load_state_dict(fresh.state_dict())
     torch.manual_seed(stream(seed, "dropout").initial_seed())  # some of torchvision's have it
     if chosen.images is not None:
-        epochs = int(name.argument[4:] or 1000) if ssl else s.pretrain_epochs
+        epochs = name.ssl_epochs or s.pretrain_epochs
         order = list(batches(len(chosen.images), s.pretrain_batch, epochs, seed, "pretrain order",
                              s.device))
-        advice = f"Give a lower learning rate than {chosen.lr:.3g}, as in {name.kind}@0.01."
+        advice = f"Give a lower rate than {chosen.lr:.3g} after the set's name, as in random@0.01."
         progress = Progress(name.name, len(order), run.log, advice=advice)
-        if ssl:
+        if name.ssl_epochs:
             pretrain_ssl(net, order, chosen.images, run.data, s, chosen.lr, seed, progress)
         else:
             examples = Examples(chosen.images, chosen.targets, run.data, s)
@@ -642,8 +663,8 @@ def pretrained(table, kind, seed, name, chosen):
             raise Diverged(f"pre-training diverged. {advice}")
     net.eval()
     teacher = run.run_dir / "representations_test.pt"
-    comparable = objective == run.objective and (d, size) == (run.out_dim, run.data.image_size)
-    if ssl or not comparable or objective.target != "representations" or not teacher.exists():
+    comparable = (objective, d, size) == (run.objective, run.out_dim, run.data.image_size)
+    if not comparable or name.ssl_epochs or not teacher.exists():
         return net, ""
     z = encode(net, run.data.test_images, run.data.normalize)
     return net, objective.loss(z, load(teacher).to(s.device)).mean().item()
@@ -675,7 +696,8 @@ def print_table(table, lines):
         rows = []
         for percent in sorted(set(itertools.chain(*table.shares.values()))):
             own = [line for line in lines.values() if line["how"] == table.how(kind)
-                   and line["labels"] == f"{percent:g}" and int(line["seed"]) in table.seeds]
+                   and line["labels"] == f"{percent:g}" and int(line["seed"]) in table.seeds
+                   and line["set"] in [name.name for name in table.names]]
             rows += table_rows(table, own, f"{percent:g}", paper)
         if not rows:
             raise InputError("no cell of the table could be computed: see the lines above")
@@ -723,19 +745,23 @@ def mean_and_deviation(scores, best):
     if not scores:
         return ""
     values = list(scores.values())
-    mean = np.mean(values)
-    text = f"**{mean:.2f}**" if mean == best else f"{mean:.2f}"
-    return text + (f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else "")
+    text = f"{np.mean(values):.2f}"
+    if np.mean(values) == best:
+        text = f"**{text}**"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.2f}"
+    return text
 
 def paired_difference(ours, theirs):
     """Mean of the differences of two {seed: accuracy} over the seeds that both have, ± its
     standard error if these are three or more; "" for the same set or none."""
     differences = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-    n = len(differences)
-    if ours is theirs or n == 0:
+    if ours is theirs or len(differences) == 0:
         return ""
     text = f"{round(differences.mean(), 2) + 0.0:+.2f}"        # never -0.00
-    return text + (f" ± {differences.std(ddof=1) / n ** 0.5:.2f}" if n >= 3 else "")
+    if len(differences) >= 3:
+        text += f" ± {differences.std(ddof=1) / len(differences) ** 0.5:.2f}"
+    return text
 
 @functools.cache
 def paper_table():
@@ -780,7 +806,9 @@ def add_common_flags(parser):
 
 def compile_pays(args, width):
     """Whether to compile students: narrow ones on a CPU cost more than they save."""
-    return args.device.type == "cuda" or width >= 32 if args.compile is None else args.compile
+    if args.compile is not None:
+        return args.compile
+    return args.device.type == "cuda" or width >= 32
 
 def parse(argv=None):
     """The arguments of a command line."""
@@ -789,8 +817,10 @@ def parse(argv=None):
     epilog = "\n".join(["sets:", *sets, "", "A set may have a name, which is printed and finds the",
                         "paper's value: sas=subset:sas.pkl; and a learning rate of pre-training:",
                         "random@0.3, or random@mkdt, the learned one."])
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, epilog=epilog,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python eval.py SET_DIR [--sets SET ...] [--tasks DATASET ...] [...]", epilog=epilog,
+        description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("set_dir", help="the folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
     add("--sets", nargs="+", metavar="SET",
@@ -819,8 +849,9 @@ def open_run(args):
     if entry is None:
         raise InputError(f"{set_dir}/config.json describes no distilled set: give a set's folder")
     settings = entry["settings"]
-    epochs = 1000 if args.protocol == "finetune" else settings["pretrain_epochs"]
-    epochs = epochs if args.epochs is None else args.epochs
+    epochs = args.epochs
+    if epochs is None:
+        epochs = 1000 if args.protocol == "finetune" else settings["pretrain_epochs"]
     if epochs < 1:
         raise InputError(f"--epochs {epochs} must be at least 1")
     for percent in args.labels or []:

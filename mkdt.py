@@ -4,13 +4,13 @@ Mirzasoleiman, ICLR 2025).
     python mkdt.py --stage all --dataset shapes      minutes on a laptop: no GPU, no network
     python mkdt.py --stage all --dataset cifar10     the paper's CIFAR-10 at 2%: for a GPU
 
-The first half of this file is Algorithm 1 from top to bottom; the second half ties it to files:
+This file begins with Algorithm 1, from top to bottom; the rest ties it to files. The stages are:
 
     teacher   line 1      train f_T by self-supervision (Eq. 1, 6); encode the data: Z_T
     experts   line 2      train K students to match Z_T (Eq. 5, 7); keep theta*_0 .. theta*_T
     init      line 3      D_syn: the images of highest loss (section 4.2); Z_syn: their part of Z_T
     distill   lines 4-19  move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M
-                          epochs on the real data end (Eq. 4)
+                          epochs on the real data end (Eq. 4; M is in epochs, as in Table 8)
     eval      section 5   pre-train an encoder on D_syn and probe it linearly (eval.py)
     figure1   Figure 1    why trajectories of self-supervision are hard to match (not in "all")
 
@@ -102,8 +102,8 @@ def train_expert(student, loss, order, examples, s, seed, progress):
 
 # ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) ------------------------------
 def loss_per_image(f, thetas, data, z, objective):
-    """The loss of section 4.2 of each training image to its row of Z_T, a mean over the experts
-    `thetas` after their first epoch. [n]"""
+    """The loss of section 4.2 of each training image, [n]: between f(theta, image) and its row of
+    Z_T, z [n, d], averaged over the experts' weights `thetas` [P] after their first epoch."""
     losses = []
     for theta in thetas:
         outputs = encode(functools.partial(f, theta), data.train_images, data.normalize)
@@ -162,11 +162,11 @@ class InnerStep:
             self.gradient = compile(gradient)
             self.adjoint = compile(adjoint)
 
-def matching_gradient(step, theta, target, images, lr, steps):
+def matching_gradient(inner, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate: what
     differentiating `matching_loss` gives, in the memory of one step and N vectors [P].
 
-    step: an InnerStep. theta, target: theta*_t and theta*_{t+M}, [P]. images [n, ...]. lr:
+    inner: an InnerStep. theta, target: theta*_t and theta*_{t+M}, [P]. images [n, ...]. lr:
     alpha_syn. steps: the N pairs (b_n, y_n) of image indices and their part of Z_syn.
 
     Forward, Eq. 8:   theta_{n+1} = theta_n - lr g_n,  g_n = g(theta_n, x_{b_n}, y_n)
@@ -182,7 +182,7 @@ def matching_gradient(step, theta, target, images, lr, steps):
     lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device).detach()
     thetas = [theta]
     for batch, y in steps:
-        thetas.append(thetas[-1] - lr * step.gradient(thetas[-1], images[batch], y))
+        thetas.append(thetas[-1] - lr * inner.gradient(thetas[-1], images[batch], y))
 
     end = thetas.pop()
     scale = (theta - target).square().sum()
@@ -190,18 +190,18 @@ def matching_gradient(step, theta, target, images, lr, steps):
     grad_images = torch.zeros_like(images)
     grad_lr = torch.zeros_like(lr)
     for theta_n, (batch, y) in zip(reversed(thetas), reversed(steps)):
-        hv, gx, gv = step.adjoint(theta_n, images[batch], y, v)
+        hv, gx, gv = inner.adjoint(theta_n, images[batch], y, v)
         grad_images.index_add_(0, batch.to(images.device), gx * -lr)
         grad_lr -= gv
         v = v - lr * hv
     return (end - target).square().sum() / scale, grad_images, grad_lr
 
 def bound(grad_images, grad_lr, lr, pixel_lr, syn_lr_lr, limit):
-    """The gradients [n, 3, H, W] and [], scaled so that, before momentum, SGD at the rates pixel_lr
-    and syn_lr_lr moves no image by more than `limit` (root mean square, in standard deviations) and
-    the learned rate `lr` by no more than that share of itself; and the number of images that this
-    touched. It is ours: one start at t = 0 can have gradients hundreds of times the usual, which
-    would ruin the images at once. limit = 0: no bound."""
+    """The gradients [n, 3, H, W] and [], scaled down where need be, and for how many images that
+    was. Before momentum, SGD at the rates pixel_lr and syn_lr_lr then moves no image by more than
+    `limit` (root mean square, in standard deviations), and the learned rate `lr` by no more than
+    that share of itself; 0: no bound. This is not in the paper: one start at t = 0 can have
+    gradients hundreds of times the usual ones, which would ruin the images at once."""
     if limit == 0:
         return grad_images, grad_lr, torch.zeros_like(grad_lr)
     rms = pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()     # [n, 1, 1, 1]
@@ -228,29 +228,31 @@ class Distilled:
 def new_distilled(images, targets, s):
     """Lines 3 and 4: the Distilled set as distillation begins, and the SGD of line 18."""
     syn = Distilled(images.clone(), targets, images.new_tensor(s.syn_lr), images)
-    groups = [{"params": [syn.images], "lr": s.pixel_lr}, {"params": [syn.lr], "lr": s.syn_lr_lr}]
+    groups = [{"params": [syn.images], "lr": s.pixel_lr},
+              {"params": [syn.lr], "lr": s.syn_lr_lr}]
     return syn, torch.optim.SGD(groups, momentum=s.syn_momentum)
 
-def distill(step, experts, syn, optimizer, targets_of, s, progress):
-    """Algorithm 1, lines 5 - 19: moves syn.images and syn.lr, in place.
+def distill(inner, experts, syn, optimizer, targets_of, s, progress):
+    """Algorithm 1, lines 5 - 19: moves syn.images and syn.lr, in place, by `optimizer`.
 
-    step: the InnerStep of the students' loss. experts: K trajectories [T + 1, P]. targets_of(batch,
-    draw): Z_syn of the images `batch` (for MTT-SSL two views, from the stream `draw`). Several
-    ranks draw one trajectory each and average their gradients."""
+    inner: the InnerStep of the students' loss. experts: K trajectories [T + 1, P], on any device.
+    targets_of(batch, draw): Z_syn[batch] (for MTT-SSL two views, drawn from the random stream
+    called `draw`). Several ranks draw one trajectory each and average their gradients."""
     device = syn.images.device
     for iteration in range(progress.first_step, s.iterations):                         # line 5
         draw = s.seed, "distill", iteration * RANKS + RANK
         rng = stream(*draw)
         expert = experts[torch.randint(len(experts), (), generator=rng)]               # line 6
         t = torch.randint(s.max_start_epoch + 1, (), generator=rng)                    # line 7
-        theta = expert[t].to(device)                                                   # line 8
-        target = expert[t + s.match_epochs].to(device)                                 # line 9
+        theta = expert[t].to(device)                                                   # 8, 9
+        target = expert[t + s.match_epochs].to(device)         # theta*_{t+M}, of line 17
         steps = []
         drawn = draw_batches(len(syn.images), s.syn_steps, s.syn_batch, rng, device)
         for n, batch in enumerate(drawn):                                              # 10 - 12
-            steps.append((batch, targets_of(batch, (*draw, n))))
+            z_syn = targets_of(batch, (*draw, n))
+            steps.append((batch, z_syn))
         loss, grad_images, grad_lr = matching_gradient(                                # 13 - 17
-            step, theta, target, syn.images, syn.lr, steps)
+            inner, theta, target, syn.images, syn.lr, steps)
         sum_over_ranks([loss, grad_images, grad_lr])
         syn.images.grad, syn.lr.grad, bounded = bound(
             grad_images / RANKS, grad_lr / RANKS, syn.lr, s.pixel_lr, s.syn_lr_lr, s.clip)
@@ -260,8 +262,9 @@ def distill(step, experts, syn, optimizer, targets_of, s, progress):
 
 # ---- Settings: each is a flag of the command line and is kept in config.json -------------------
 class Setting(NamedTuple):
-    """A setting. only: another setting and the value of it at which alone this one plays a role."""
-    default: object                        # the paper's CIFAR-10 at 2%, where the paper says it
+    """A setting, with its range. only: (another setting, its value), without which this one has no
+    effect. Defaults are the paper's CIFAR-10 at 2%, but for expert_epochs (20) and clip (0)."""
+    default: object
     help: str
     low: float = 0
     high: float = math.inf
@@ -337,16 +340,17 @@ DATASETS = {
                    expert_epochs=3, expert_lr=0.05, expert_batch=64, percent=1.0, init="random",
                    syn_batch=40, syn_lr=0.25, syn_lr_lr=1e-5, iterations=90, pretrain_epochs=160),
 }
-TABLES_8_AND_9 = {
-    ("cifar10", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e3),
-    ("cifar10", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
-    ("cifar100", 2): dict(syn_steps=40, match_epochs=2, max_start_epoch=2, pixel_lr=1e3),
-    ("cifar100", 5): dict(syn_steps=40, match_epochs=2, max_start_epoch=5, pixel_lr=1e4),
-    ("tinyimagenet", 2): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
-    ("tinyimagenet", 5): dict(syn_steps=10, match_epochs=2, max_start_epoch=2, pixel_lr=1e5),
-    ("shapes", 1): dict(syn_steps=30, match_epochs=1, max_start_epoch=2, pixel_lr=3e3),   # ours
+ROW = "syn_steps", "match_epochs", "max_start_epoch", "pixel_lr"
+TABLES_8_AND_9 = {                         # N, M, T+, pixel_lr
+    ("cifar10", 2): (40, 2, 5, 1e3),
+    ("cifar10", 5): (40, 2, 5, 1e4),
+    ("cifar100", 2): (40, 2, 2, 1e3),
+    ("cifar100", 5): (40, 2, 5, 1e4),
+    ("tinyimagenet", 2): (10, 2, 2, 1e5),
+    ("tinyimagenet", 5): (10, 2, 2, 1e5),
+    ("shapes", 1): (30, 1, 2, 3e3),        # ours
 }
-# A.2 names no learning rate for the inner steps of MTT; its public code begins at its experts'.
+# A.2 names no learning rate for the inner steps of MTT; MTT's code begins at 0.01 on CIFAR-10.
 MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
 BY_LOSS = {
     ("ssl", "simclr"): dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3),
@@ -365,15 +369,17 @@ def resolve(dataset, given, image_size=32):
     percent = {**defaults, **DATASETS[known], **given}["percent"]
     published = [p for name, p in TABLES_8_AND_9 if name == known]
     row = min(published, key=lambda p: abs(p - percent))
-    values = {**defaults, **BY_LOSS.get(("ssl", given.get("ssl")), {}), **DATASETS[known],
-              **TABLES_8_AND_9[known, row],
-              **BY_LOSS.get(("objective", given.get("objective")), {}), **given}
+    by_ssl = BY_LOSS.get(("ssl", given.get("ssl")), {})
+    by_objective = BY_LOSS.get(("objective", given.get("objective")), {})
+    table = dict(zip(ROW, TABLES_8_AND_9[known, row]))
+    values = {**defaults, **by_ssl, **DATASETS[known], **table, **by_objective, **given}
+    if values["representations"] and "standardize" not in given:
+        values["standardize"] = 0
     notes = []
     if known != dataset:
-        notes.append(f"{dataset} has no published settings: using those of {known} at {row}%")
+        notes.append(f"there are no settings for {dataset}: using those for {known} at {row}%")
     elif percent not in published:
-        notes.append(f"there are no published settings for {percent:g}% of {known}: using those of "
-                     f"{row}%")
+        notes.append(f"there are no settings for {percent:g}% of {known}: using those for {row}%")
     check_settings(values)
     return values, notes
 
@@ -394,12 +400,14 @@ def check_settings(values):
             upper = f" and at most {setting.high:g}" if setting.high < math.inf else ""
             raise InputError(f"{flag} must be finite, at least {setting.low:g}{upper}")
     if values.get("representations") and values.get("standardize"):
-        raise InputError("--standardize 1 changes the teacher, and with --representations there is "
-                         "none: standardise the file yourself")
+        raise InputError("--standardize 1 is a setting of the teacher, and with --representations "
+                         "there is none: leave it out, and standardise the file yourself")
 
 def plays_a_role(values, stage, name, setting):
     """Whether a setting makes a difference to a run with these settings."""
-    if values[name] == "" or setting.only and values[setting.only[0]] != setting.only[1]:
+    if values[name] == "":
+        return False
+    if setting.only and values[setting.only[0]] != setting.only[1]:
         return False
     return stage != "teacher" or not values["representations"] or name in BY_CONTENTS
 
@@ -420,7 +428,7 @@ def teacher_stage(run):
     f_T = build(functools.partial(teacher_network, s, data.image_size), s.seed, "teacher")
     head = build(functools.partial(SSL[s.ssl].projector, f_T.feature_dim), s.seed, "projector")
     model = torch.nn.Sequential(f_T, head).to(s.device).to(memory_format=torch.channels_last)
-    if RANKS > 1 and s.device.type == "cuda":                  # torch has it for GPUs only
+    if RANKS > 1 and s.device.type == "cuda":                  # torch cannot do this on CPUs
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
     steps = s.teacher_epochs * (len(data.train_images) // teacher_batch_size(data, s))
@@ -429,11 +437,13 @@ def teacher_stage(run):
         """Says how well the teacher does so far, if there are enough labels."""
         if RANK == 0 and data.labelled and (data.train_labels >= 0).sum() >= 20:
             model.eval()
-            run.log("teacher", step, steps, probe=linear_scores(model[0], data, [5], s.seed)[0])
+            accuracy, = linear_scores(model[0], data, [5], s.seed)
+            run.log("teacher", step, steps, probe=accuracy)
             model.train()
 
     checkpoint = run.run_dir / "teacher_checkpoint.pt"
-    advice = f"Lower --teacher-lr (now {s.teacher_lr:g}). The last checkpoint is intact."
+    advice = (f"Lower --teacher-lr (now {s.teacher_lr:g}), and give another --run-dir or delete "
+              f"{checkpoint}, which holds the last good state, if it is there.")
     progress = Progress("teacher", steps, run.log, checkpoint, advice, max(1, steps // 3), probe,
                         model=model, optimizer=optimizer)
     train_teacher(model, optimizer, data, s, progress)
@@ -495,15 +505,18 @@ def experts_stage(run):
         epochs = {f"epoch {e + 1}": float(value) for e, value in enumerate(losses)}
         run.log("experts", done + 1, len(missing), 1 / (time.monotonic() - began), **epochs)
 
-def load_expert(run, i):
-    """Expert i, [T + 1, P]; read from the file as it is used."""
-    expert = load(run.expert_file(i), mmap=True)
+def load_experts(run, count):
+    """The first experts, [T + 1, P] each; they are read from their files as they are used."""
     needed = run.s.max_start_epoch + run.s.match_epochs
-    size = sum(p.numel() for p in run.student().parameters())
-    if expert.dim() != 2 or len(expert) <= needed or expert.shape[1] != size:
-        raise InputError(f"{run.expert_file(i)} holds {list(expert.shape)}, not the trajectory of "
-                         f"{needed + 1} epochs or more of {size} weights: delete it")
-    return expert
+    size = len(flat_parameters(run.student()))
+    experts = []
+    for i in range(count):
+        expert = load(run.expert_file(i), mmap=True)
+        if expert.dim() != 2 or len(expert) <= needed or expert.shape[1] != size:
+            raise InputError(f"{run.expert_file(i)} holds {list(expert.shape)}, not the trajectory "
+                             f"of {size} weights over {needed} epochs: delete it")
+        experts.append(expert)
+    return experts
 
 def init_stage(run):
     """SET/init.pt: D_syn and Z_syn as distillation begins, and the order of all images by loss."""
@@ -513,7 +526,7 @@ def init_stage(run):
         return
     order = None
     if run.objective.target == "representations":
-        after_one_epoch = (load_expert(run, i)[1].to(s.device) for i in range(s.experts))
+        after_one_epoch = (expert[1].to(s.device) for expert in load_experts(run, s.experts))
         losses = loss_per_image(functional(run.student()), after_one_epoch, data, run.targets,
                                 run.objective)
         order = losses.cpu().sort(descending=True, stable=True).indices        # ties: lower index
@@ -522,7 +535,7 @@ def init_stage(run):
     save_present(path, images=images, targets=targets, order=order)
 
 def loss_of_theta(run):
-    """loss(theta, x, y), the mean loss of a student with the weights theta: L_MSE of Eq. 8."""
+    """loss(theta, x, y), the objective's mean for a student with weights theta: L_MSE of Eq. 8."""
     f = functional(run.student())
     return lambda theta, x, y: mean_loss(run.objective, functools.partial(f, theta), x, y)
 
@@ -544,7 +557,7 @@ def distill_stage(run):
     init = load(run.set_dir / "init.pt")
     targets = init["targets"].to(s.device) if "targets" in init else None
     syn, optimizer = new_distilled(init["images"].to(s.device), targets, s)
-    experts = [load_expert(run, i) for i in range(s.experts)]
+    experts = load_experts(run, s.experts)
 
     def keep(iteration, path=None):
         """Writes the set as it is after so many iterations, as a snapshot or to `path`."""
@@ -554,13 +567,16 @@ def distill_stage(run):
                          mean=data.mean.flatten(), std=data.std.flatten())
 
     two_shapes = functools.partial(Compiled, max_shapes=2)     # full batches, and a pass's last one
-    step = InnerStep(loss_of_theta(run), two_shapes if run.can_compile else None)
-    advice = (f"Lower --pixel-lr (now {s.pixel_lr:g}) or --clip (now {s.clip:g}). "
-              "The last checkpoint is intact.")
+    inner = InnerStep(loss_of_theta(run), two_shapes if run.can_compile else None)
+    advice = (f"Under another --name, lower --pixel-lr (now {s.pixel_lr:g}) or --syn-lr-lr (now "
+              f"{s.syn_lr_lr:g}), or bound the steps with --clip (now {s.clip:g}).")
     progress = Progress("distill", s.iterations, run.log, run.set_dir / "distill_checkpoint.pt",
                         advice, 1000, keep, images=syn.images, lr=syn.lr, optimizer=optimizer)
+    if progress.first_step > s.iterations:
+        raise InputError(f"distillation has done {progress.first_step} iterations already: give "
+                         f"--iterations {progress.first_step} or more, or another --name")
     targets_of = Examples(syn.images, syn.targets, data, s).y
-    distill(step, experts, syn, optimizer, targets_of, s, progress)
+    distill(inner, experts, syn, optimizer, targets_of, s, progress)
     if RANK == 0:
         draw_results(run, syn)
     keep(s.iterations, path)                                   # last: the stage is done
@@ -581,7 +597,8 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 def draw_results(run, syn):
     """distilled.png: ten images as they began, above the same distilled; curves.png."""
     count = min(10, len(syn.images))
-    tiles = run.data.denormalize(torch.cat([syn.initial[:count], syn.images[:count]])).clamp(0, 1)
+    pairs = torch.cat([syn.initial[:count], syn.images[:count]])
+    tiles = run.data.denormalize(pairs).clamp(0, 1)
     zoomed = torch.nn.functional.interpolate(tiles, scale_factor=3)
     with whole_file(run.set_dir / "distilled.png") as file:
         save_image(make_grid(zoomed, nrow=count, pad_value=1), file, format="png")
@@ -589,7 +606,8 @@ def draw_results(run, syn):
     draw_plot(run.set_dir / "curves.png", "iteration", curves)
 
 def logged(run, name):
-    """[(iteration, value), ...] of a quantity in the log of distillation."""
+    """[(iteration, value), ...] of a quantity in the log of distillation; what was done again after
+    an interruption replaces what was there."""
     points = {}
     for line in run.log.path.read_text().splitlines() if run.log.path.exists() else []:
         try:
@@ -597,6 +615,7 @@ def logged(run, name):
         except ValueError:                                     # a line that a kill cut off
             continue
         if values["stage"] == "distill" and name in values:
+            points = {step: value for step, value in points.items() if step < values["step"]}
             points[values["step"]] = values[name]
     return sorted(points.items())
 
@@ -645,13 +664,21 @@ def open_run(args, given, **changed):
     log = Log(run_dir / name / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
     return Run(s, data, run_dir, run_dir / name, log)
 
-# The entries of config.json in order: the stages that belong to each, and the files they leave. The
-# last lies in the folder of the distilled set, the others in the folder of the run.
-SECTIONS = {
-    "teacher": (["teacher"], ["teacher*.pt", "representations*.pt"]),
-    "experts": (["experts"], ["experts/*.pt"]),
-    "set": (["init", "distill"], ["init.pt", "distill*.pt"]),
-}
+# The entries of config.json: the files that each is about, and the stages whose settings it holds.
+# A distilled set has a folder, and so a config.json, of its own.
+FILES = {"teacher": ["teacher*.pt", "representations*.pt"], "experts": ["experts/*.pt"],
+         "set": ["init.pt", "distill*.pt", "krr_st_*", "dm_*"]}
+MADE_BY = {"teacher": ["teacher"], "experts": ["teacher", "experts"],
+           "set": ["teacher", "experts", "init", "distill"]}
+
+def folder_of(run, section):
+    """The folder of a section's files."""
+    return run.set_dir if section == "set" else run.run_dir
+
+def existing(run, section):
+    """The files of a section that are there, as patterns."""
+    folder = folder_of(run, section)
+    return [str(folder / pattern) for pattern in FILES[section] if any(folder.glob(pattern))]
 
 def identity(run, section):
     """What the results of a section are made from: {name: value}. Images and representations are
@@ -660,11 +687,10 @@ def identity(run, section):
     made = {"images": run.data.images_id, "seed": s.seed}
     if run.objective.target == "labels":
         made["labels"] = checksum(run.data.train_labels)
-    for earlier in list(SECTIONS)[:list(SECTIONS).index(section) + 1]:
-        for stage in SECTIONS[earlier][0]:
-            for name, setting in SETTINGS[stage].items():
-                if plays_a_role(vars(s), stage, name, setting) and name not in BY_CONTENTS:
-                    made[name] = vars(s)[name]
+    for stage in MADE_BY[section]:
+        for name, setting in SETTINGS[stage].items():
+            if plays_a_role(vars(s), stage, name, setting) and name not in BY_CONTENTS:
+                made[name] = vars(s)[name]
     kept = run.run_dir / "representations.pt"
     if run.objective.target != "representations":
         return made
@@ -677,49 +703,47 @@ def identity(run, section):
 
 def claim(run, stage):
     """Checks that what `stage` builds on, and what exists of itself, was made with these settings,
-    and keeps them in config.json. An entry without a result says nothing: whoever lowers a learning
-    rate after a failure just goes on. Raises InputError with what differs and what can be done."""
-    folders = {"teacher": run.run_dir, "experts": run.run_dir, "set": run.set_dir}
-    files = {}
-    for section, (_, patterns) in SECTIONS.items():
-        files[section] = [p for p in patterns if any(folders[section].glob(p))]
-    passed, anew = False, False            # the section of `stage`, and whether it has no result
-    for section, (stages, _) in SECTIONS.items():
-        if passed and not anew:
-            break
-        path = folders[section] / "config.json"
-        config = read_config(path)
-        entry = config.get(section)
-        reason = ""
-        if anew and files[section]:
-            reason = "was made before the results that it builds on"
-        elif files[section] and entry is None:
-            reason = "is not described in config.json"
-        elif files[section]:
-            reason = differences(entry["made"], identity(run, section))
-        if reason:
-            later = list(SECTIONS)[list(SECTIONS).index(section):]
-            names = [str(folders[name] / p) for name in later for p in files[name]]
-            raise InputError(f"the {section} in {folders[section]} {reason}. Give another "
-                             f"{'--name' if section == 'set' else '--run-dir'}, or delete "
-                             f"{' '.join(names)}")
-        if files[section] and entry["code"] != code_version():
-            print(f"note: the {section} in {folders[section]} was made by other code", flush=True)
-        if stage in stages and not files[section] and RANK == 0:
-            settings = {name: vars(run.s)[name] for name, _ in all_settings()}
-            config[section] = {"made": identity(run, section), "code": code_version(),
-                               "dataset": run.s.dataset, "settings": settings}
-            save_text(path, json.dumps(config, indent=2) + "\n")
-        if stage in stages:
-            passed, anew = True, not files[section]
+    and keeps them in config.json. An entry without a result is replaced: a failure that has left
+    nothing can be mended. Raises InputError with what differs and what can be done."""
+    order = list(FILES)
+    own = stage if stage in FILES else "set"
+    for section in order[:order.index(own) + 1]:
+        if existing(run, section):
+            compare(run, section)
+    if existing(run, own):
+        return
+    for later in order[order.index(own) + 1:]:
+        if existing(run, later):
+            refuse(run, later, "was made before the results that it builds on")
+    path = folder_of(run, own) / "config.json"
+    settings = {name: vars(run.s)[name] for name, _ in all_settings()}
+    entry = {"made": identity(run, own), "code": code_version(), "dataset": run.s.dataset,
+             "settings": settings}
+    if RANK == 0:
+        save_text(path, json.dumps({**read_config(path), own: entry}, indent=2) + "\n")
 
-def differences(then, now):
-    """What differs between two of `identity`, as the reason of an error; "" for nothing."""
-    told = []
-    for name in {**then, **now}:
-        if then.get(name) != now.get(name):
-            told.append(f"{name} {then.get(name)} -> {now.get(name)}")
-    return f"was made with other settings ({', '.join(told)})" if told else ""
+def compare(run, section):
+    """Compares how a section was made with how it would be made now."""
+    entry = read_config(folder_of(run, section) / "config.json").get(section)
+    if entry is None:
+        refuse(run, section, "is not described in config.json")
+    then, now = entry["made"], identity(run, section)
+    differences = [f"{name} {then.get(name)} -> {now.get(name)}" for name in {**then, **now}
+                   if then.get(name) != now.get(name)]
+    if differences:
+        refuse(run, section, f"was made with other settings ({', '.join(differences)})")
+    if entry["code"] != code_version():
+        print(f"note: the {section} in {folder_of(run, section)} was made by other code")
+
+def refuse(run, section, reason):
+    """Raises InputError: a section cannot be used, for this reason; and what can be done."""
+    order = list(FILES)
+    files = []
+    for later in order[order.index(section):]:
+        files += existing(run, later)
+    flag = "--name" if section == "set" else "--run-dir"
+    raise InputError(f"the {section} in {folder_of(run, section)} {reason}. Give another {flag}, "
+                     f"or delete {' '.join(files)}")
 
 @functools.cache
 def code_version():
@@ -736,7 +760,7 @@ def code_version():
 
 def execute(run, stage):
     """Runs one stage, if it is not done."""
-    claim(run, "distill" if stage == "eval" else stage)
+    claim(run, stage)
     told = []
     for name, setting in SETTINGS[stage].items():
         value = vars(run.s)[name]
@@ -773,9 +797,11 @@ def figure1_stage(args, given, run):
                            log_seconds=0)
             try:
                 execute(own, stage)
-            except Diverged as error:                          # a result as well
-                print(f"figure1: {name}: {error}")
-        experts = torch.stack([load_expert(own, i) for i in range(5)])     # [5, T + 1, P]
+            except Diverged as error:
+                if stage != "distill":
+                    raise
+                print(f"figure1: {name}: {error}")             # that is a result as well
+        experts = torch.stack(load_experts(own, 5))            # [5, T + 1, P]
         if name != "mtt_ssl_4096":                             # it differs in its batch alone
             panels["gradient noise"][name] = list(enumerate(noise_along(own, experts[0])))
         if name != "mkdt":                                     # its optimiser carries it farther
@@ -817,8 +843,9 @@ def gradient_noise(gradient, theta, examples, n, batch_size, seed, count=32):
 # ---- Command line -----------------------------------------------------------------------------
 def parse(argv=None):
     """The arguments of a command line, and of them those that are settings: {name: value}."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="python mkdt.py [--stage STAGE] [--dataset DATASET] [settings]", description=__doc__,
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--stage", choices=[*STAGES, "all", "figure1"], default="all",
         help="which stage to run (default: all)")

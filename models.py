@@ -66,11 +66,14 @@ class ConvNet(nn.Module):
     def __init__(self, out_dim, image_size=32, width=128, channels=None, norm=InstanceNorm):
         super().__init__()
         channels = channels or [width] * (4 if image_size >= 64 else 3)
-        pairs = zip([3, *channels], channels)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, padding=1) for a, b in pairs)
-        self.norms = nn.ModuleList(norm(width) for width in channels)
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        before = 3
+        for after in channels:
+            self.convs.append(nn.Conv2d(before, after, 3, padding=1))
+            self.norms.append(norm(after))
+            before = after
         side = image_size // 2 ** len(channels)
-        self.head = nn.Linear(channels[-1] * side * side, out_dim)
+        self.head = nn.Linear(before * side * side, out_dim)
 
     def features(self, x):                                                 # normalised
         x = x.contiguous(memory_format=torch.channels_last)    # faster, on CPUs as on GPUs
@@ -157,8 +160,8 @@ class TorchvisionNet(nn.Module):
     def forward(self, x):
         return self.head(self.features(x))
 
-# Name: make(out_dim, image_size, width). A student has no batch norm. Each has `features(x)`, the
-# penultimate representation that is probed, `head`, and `forward(x)`.
+# Name: make(out_dim, image_size, width). Each has `features(x)`, the penultimate representation
+# that is probed, `head`, and `forward(x)`. One that images are distilled with has no batch norm.
 ENCODERS = {
     "convnet": ConvNet,
     "convnet_bn": convnet_bn,
@@ -255,10 +258,10 @@ def two_projections(network, images, data, s, draw):
 
 # ---- What a student minimises -----------------------------------------------------------------
 class Objective(NamedTuple):
-    """What a student f minimises on a batch of images x with y.
-    target: what y is: the teacher's "representations", "labels", or two "views", functions of x.
+    """What a student f minimises on a batch of images x and what belongs to them, y.
     loss: (f(x), y) -> the loss of each image, or of each of its dimensions, before the mean; for
-    views (f(x1), f(x2)) -> the loss of the batch."""
+    views (f(x1), f(x2)) -> the loss of the batch. target: what y is: the teacher's
+    "representations", "labels", or two "views", which are functions of x."""
     loss: Callable
     target: str
 
@@ -277,7 +280,7 @@ OBJECTIVES = {                             # the names of --objective
 }
 
 def mean_loss(objective, f, x, y):
-    """The mean loss of a network f on a batch of images x with y."""
+    """The mean loss of a network f on a batch of images x and y, see Objective."""
     if objective.target == "views":
         first, second = y
         return objective.loss(f(first(x)), f(second(x)))
@@ -322,8 +325,8 @@ def functional(model):
     statistics are not in theta, or dropout: theta alone would not say what the network is."""
     for layer in model.modules():
         if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
-            raise InputError("a network with batch norm or dropout is no function of its parameters"
-                             " alone, and cannot be distilled with: use InstanceNorm")
+            raise InputError("a student must not have batch norm or dropout, since it would not be "
+                             "a function of its parameters alone: use InstanceNorm")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sizes = [shape.numel() for shape in shapes.values()]
 
@@ -365,8 +368,10 @@ class Compiled:
     everything if there is no compiler that works."""
 
     def __init__(self, f, max_shapes=1):
-        self.f, self.fast = f, torch.compile(f, fullgraph=True, dynamic=False)
-        self.shapes, self.max_shapes = [], max_shapes
+        self.f = f
+        self.fast = torch.compile(f, fullgraph=True, dynamic=False)
+        self.shapes = []
+        self.max_shapes = max_shapes
 
     def __call__(self, *arguments):
         shapes = [a.shape for a in arguments if torch.is_tensor(a)]
@@ -378,7 +383,8 @@ class Compiled:
             return self.fast(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             print(f"torch.compile failed ({first_line(error)}): going on without", flush=True)
-            self.shapes, self.max_shapes = [], 0
+            self.shapes.clear()
+            self.max_shapes = 0
             return self.f(*arguments)
 
 # ---- A run ------------------------------------------------------------------------------------
@@ -416,7 +422,7 @@ class Run:
 
     @property
     def can_compile(self):
-        """Whether to compile students' steps. Views are other functions in every step."""
+        """Whether to compile students' steps. Views cannot be: they change with every step."""
         return self.s.compile and self.objective.target != "views"
 
     def student(self):
@@ -429,8 +435,11 @@ class Run:
 
 def read_config(path):
     """The contents of a run's config.json, {section: entry}; {} if there is none."""
+    if not path.exists():
+        return {}
     try:
-        return dict(json.loads(path.read_text())) if path.exists() else {}
-    except (OSError, ValueError, TypeError) as error:
+        entries = json.loads(path.read_text())
+        return {section: entry for section, entry in entries.items() if "made" in entry}
+    except (AttributeError, OSError, TypeError, ValueError) as error:
         raise InputError(f"{path} is not a config.json of this project ({first_line(error)}): "
                          "restore it, or delete it and the results beside it") from error

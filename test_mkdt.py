@@ -2,6 +2,7 @@
 inputs that people bring, and the real commands.
 
     python -m pytest"""
+
 import argparse
 import ast
 import contextlib
@@ -21,7 +22,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-if "MKDT_GPU" not in os.environ:                               # bits are equal on CPUs only
+if "MKDT_GPU" not in os.environ:  # bits are equal on CPUs only
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # torch's cache does not tell apart what was compiled for another ATEN_CPU_CAPABILITY, and crashes.
 CACHE = f"{tempfile.gettempdir()}/mkdt_tests_{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
@@ -88,6 +89,7 @@ def loss_of_theta(network, objective="mse"):
 
     def loss(theta, x, y):
         return models.mean_loss(models.OBJECTIVES[objective], functools.partial(f, theta), x, y)
+
     return loss
 
 
@@ -102,7 +104,7 @@ def test_barlow_twins_loss_is_equation_1():
             a = (z1[:, i] - z1[:, i].mean()) / (z1[:, i].var(correction=0) + 1e-5).sqrt()
             b = (z2[:, j] - z2[:, j].mean()) / (z2[:, j].var(correction=0) + 1e-5).sqrt()
             f = (a * b).sum() / 7
-            expected += (1 - f) ** 2 if i == j else 0.3 * f ** 2
+            expected += (1 - f) ** 2 if i == j else 0.3 * f**2
     assert torch.allclose(models.barlow_twins_loss(z1, z2, 0.3), expected, rtol=1e-10)
 
 
@@ -172,7 +174,7 @@ def test_resnets_are_torchvisions_with_another_stem():
     x = torch.randn(2, 3, 32, 32)
     assert torch.allclose(ours.features(x), theirs.eval()(x), atol=1e-5)
     assert sum(p.numel() for p in ours.parameters()) == 11_168_832
-    assert ours.features(torch.randn(1, 3, 64, 64)).shape == (1, 2048)     # 4x4 windows
+    assert ours.features(torch.randn(1, 3, 64, 64)).shape == (1, 2048)  # 4x4 windows
 
 
 @pytest.mark.parametrize("size", [8, 9, 24, 31, 57, 60, 63, 64, 89, 113, 127])
@@ -193,7 +195,8 @@ import models
 torch.manual_seed(0)
 for width in (4, 8, 12):
     for side in (46, 96):
-        block = models.downsampling_block(width).downsample[:2].to(memory_format=torch.channels_last)
+        block = models.downsampling_block(width).downsample[:2]
+        block.to(memory_format=torch.channels_last)
         exact = torch.nn.Conv2d(width, 2 * width, 1, 2, bias=False).double()
         exact.weight.data = block[1].weight.data.double()
         x = torch.randn(32, width, side, side).contiguous(memory_format=torch.channels_last)
@@ -211,12 +214,16 @@ def test_the_shortcuts_gradient_corrupts_no_memory():
     """In a process of its own, with glibc's heap checks: oneDNN's gradient of a strided 1x1
     convolution writes past its memory, and the shortcut must not use it."""
     environment = {**os.environ, "MALLOC_CHECK_": "3"}
-    if shutil.which("ldconfig") and "libc_malloc_debug" in subprocess.run(
-            ["ldconfig", "-p"], capture_output=True, text=True).stdout:
+    if (
+        shutil.which("ldconfig")
+        and "libc_malloc_debug"
+        in subprocess.run(["ldconfig", "-p"], capture_output=True, text=True).stdout
+    ):
         environment["LD_PRELOAD"] = "libc_malloc_debug.so.0"
     script = SHORTCUT.format(folder=str(FOLDER))
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True,
-                          text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0 and "exact" in done.stdout, done.stderr
 
 
@@ -271,10 +278,13 @@ def test_streams_do_not_depend_on_what_was_drawn():
 
 def test_without_a_compiler_the_function_runs_as_it_is(capsys, monkeypatch):
     """A failure of the compiler is said once; an error of the function itself is not swallowed."""
+
     def broken_compiler(f, **options):
         def call(*arguments):
             raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+
         return call
+
     monkeypatch.setattr(torch, "compile", broken_compiler)
     f = models.Compiled(lambda x: 2 * x)
     assert f(torch.ones(2)).tolist() == [2, 2] == f(torch.ones(2)).tolist()
@@ -283,7 +293,9 @@ def test_without_a_compiler_the_function_runs_as_it_is(capsys, monkeypatch):
     def out_of_memory(f, **options):
         def call(*arguments):
             raise torch.OutOfMemoryError("CUDA out of memory")
+
         return call
+
     monkeypatch.setattr(torch, "compile", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         models.Compiled(lambda x: 2 * x)(torch.ones(2))
@@ -297,7 +309,9 @@ def test_only_the_first_shapes_are_compiled(monkeypatch):
         def call(x):
             seen.append(len(x))
             return f(x)
+
         return call
+
     monkeypatch.setattr(torch, "compile", spy)
     f = models.Compiled(lambda x: 2 * x, max_shapes=2)
     sums = [f(torch.ones(n)).sum().item() for n in (3, 2, 3, 1, 2)]
@@ -325,11 +339,18 @@ def test_resized_crop_equals_torchvision(pictures):
         assert torch.allclose(ours[i], theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize("name,low,high", [("brightness", 0.6, 1.4), ("contrast", 0.6, 1.4),
-                                           ("saturation", 0.6, 1.4), ("hue", -0.5, 0.5)])
+@pytest.mark.parametrize(
+    "name,low,high",
+    [
+        ("brightness", 0.6, 1.4),
+        ("contrast", 0.6, 1.4),
+        ("saturation", 0.6, 1.4),
+        ("hue", -0.5, 0.5),
+    ],
+)
 def test_colour_operations_equal_torchvision(pictures, name, low, high):
     """Each jitter equals torchvision's, image by image."""
-    pictures[0] = 0.5                                          # grey: hue is undefined
+    pictures[0] = 0.5  # grey: hue is undefined
     pictures[1, :, :16] = pictures[1, :1, :16]
     amount = torch.linspace(low, high, 24)
     given = 4 * amount if name == "hue" else amount - 1
@@ -393,6 +414,7 @@ def test_projections_are_of_the_two_views(tmp_path):
     def network(x):
         sizes.append(len(x))
         return x.flatten(1)
+
     z1, z2 = models.two_projections(network, dataset.train_images[:6], dataset, s, (0, "views", 1))
     seed = models.stream(0, "views", 1).initial_seed()
     first, second = data.two_views(dataset.train_images[:6], seed, (0.3, 1.0), 0.5)
@@ -403,7 +425,7 @@ def test_projections_are_of_the_two_views(tmp_path):
 
 def test_shift_and_flip_by_hand():
     """Each image is one of the 81 windows of its padded self, or the mirror image of one."""
-    images = torch.arange(2 * 3 * 6 * 6.).view(2, 3, 6, 6) + 1
+    images = torch.arange(2 * 3 * 6 * 6.0).view(2, 3, 6, 6) + 1
     padded = F.pad(images, [4, 4, 4, 4])
     flipped = 0
     for seed in range(20):
@@ -412,7 +434,7 @@ def test_shift_and_flip_by_hand():
             windows = []
             for top in range(9):
                 for left in range(9):
-                    windows.append(padded[i, :, top:top + 6, left:left + 6])
+                    windows.append(padded[i, :, top : top + 6, left : left + 6])
             as_it_is = any(torch.allclose(moved[i], w, atol=1e-4) for w in windows)
             mirrored = any(torch.allclose(moved[i], w.flip(-1), atol=1e-4) for w in windows)
             assert as_it_is or mirrored
@@ -439,8 +461,10 @@ def test_files_are_whole_or_absent(tmp_path):
 
 def test_a_full_disk_is_called_one(tmp_path, monkeypatch):
     """The system's own reason stands in the message, not that of torch's writer."""
+
     def full(path, mode):
         return open("/dev/full", mode)
+
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     monkeypatch.setattr(data, "open", full, raising=False)
@@ -484,7 +508,7 @@ def test_the_speed_is_that_of_the_last_interval(monkeypatch, capsys):
         progress(step, loss=torch.tensor(2.0 * step))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "min left" not in lines[0]
-    assert "0.2/s  8.1 min left" in lines[1] and "loss 5" in lines[1]      # the mean of 4 and 6
+    assert "0.2/s  8.1 min left" in lines[1] and "loss 5" in lines[1]  # the mean of 4 and 6
     assert "0.2/s  7.9 min left" in lines[2] and "loss 9" in lines[2]
 
 
@@ -492,11 +516,12 @@ def test_progress_refuses_what_is_not_finite_before_it_saves(tmp_path):
     """NaN stops the loop with the advice; the checkpoint is that of the step before."""
     weights = torch.zeros(3)
     path = tmp_path / "c.pt"
-    progress = data.Progress("teacher", 9, data.Log(minutes=0), path, "Lower --teacher-lr.",
-                             weights=weights)
+    progress = data.Progress(
+        "teacher", 9, data.Log(minutes=0), path, "Lower --teacher-lr.", weights=weights
+    )
     progress(1, loss=torch.tensor(1.0))
     weights += 7
-    with pytest.raises(data.Diverged, match="loss became nan at step 2. Lower --teacher-lr."):
+    with pytest.raises(data.Diverged, match="loss became nan by step 2. Lower --teacher-lr."):
         progress(2, loss=torch.tensor(math.nan))
     assert data.load(path)["step"] == 1 and data.load(path)["weights"].sum() == 0
     with pytest.raises(data.Diverged, match="lr became -0.1"):
@@ -510,7 +535,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="c.pt does not fit this run"):
         data.Progress("teacher", 9, data.Log(), path, weights=torch.zeros(4))
     data.save(path, {"step": 1, "ranks": 2, "weights": torch.zeros(3)})
-    with pytest.raises(InputError, match="it is of 2 processes, not 1"):
+    with pytest.raises(InputError, match="it was made by 2 processes, not 1"):
         data.Progress("teacher", 9, data.Log(), path, weights=torch.zeros(3))
 
 
@@ -545,10 +570,12 @@ def make_folder(root, classes=("cat", "dog", "fox"), train=6, test=2):
 def arrays(n=120, m=30, size=32, classes=3):
     """The four arrays of an .npz."""
     rng = np.random.default_rng(0)
-    return {"train_images": rng.integers(0, 256, (n, size, size, 3), np.uint8),
-            "train_labels": np.arange(n) % classes,
-            "test_images": rng.integers(0, 256, (m, size, size, 3), np.uint8),
-            "test_labels": np.arange(m) % classes}
+    return {
+        "train_images": rng.integers(0, 256, (n, size, size, 3), np.uint8),
+        "train_labels": np.arange(n) % classes,
+        "test_images": rng.integers(0, 256, (m, size, size, 3), np.uint8),
+        "test_labels": np.arange(m) % classes,
+    }
 
 
 def opened(tmp_path, **changes):
@@ -560,15 +587,20 @@ def opened(tmp_path, **changes):
 def tiny_data(tmp_path, n=24, size=16):
     """A small labelled Dataset of shapes."""
     images, labels = data.draw_shapes(n + 10, size, np.random.default_rng(0))
-    np.savez(tmp_path / "tiny.npz", train_images=images[:n], train_labels=labels[:n],
-             test_images=images[n:], test_labels=labels[n:])
+    np.savez(
+        tmp_path / "tiny.npz",
+        train_images=images[:n],
+        train_labels=labels[:n],
+        test_images=images[n:],
+        test_labels=labels[n:],
+    )
     return data.load_dataset(str(tmp_path / "tiny.npz"))
 
 
 def test_a_folder_is_read_sorted_squashed_and_summed_up(tmp_path, capsys):
     """Sorted by class and name, squashed with Lanczos, normalised by its own statistics."""
     root = make_folder(tmp_path / "pets")
-    Image.new("L", (5, 5), 9).save(root / "train/cat/0000.png")            # sorted between 0 and 1
+    Image.new("L", (5, 5), 9).save(root / "train/cat/0000.png")  # sorted between 0 and 1
     d = data.load_dataset(str(root), tmp_path / "cache")
     said = "pets: 19 training images of 3 classes (cat 7, dog 6, fox 6), 6 test images, 32 pixels"
     assert capsys.readouterr().out == said + "\n"
@@ -595,7 +627,7 @@ def test_pictures_are_read_as_people_see_them(tmp_path):
     half = np.zeros((30, 40, 3), np.uint8)
     half[:15] = 255
     exif = Image.Exif()
-    exif[0x0112] = 6                                           # turn it by 90 degrees clockwise
+    exif[0x0112] = 6  # turn it by 90 degrees clockwise
     Image.fromarray(half).save(root / "d.jpg", exif=exif)
     Image.new("P", (4, 4)).save(root / "e.gif")
     d = data.load_dataset(str(root.parent), tmp_path)
@@ -630,7 +662,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     d = data.load_dataset(str(root), tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert "cat 6, dog 7, fox 6" in said and len(d.train_images) == 19
-    assert "1 files that are no images (.txt)" in said and "1 files that lie in no class" in said
+    assert "1 files that are not images (.txt)" in said and "1 files that lie in no class" in said
     assert "val/ is not read: call it test/" in said and not d.labelled
     picture(root / "test/cat/0.png")
     data.load_dataset(str(root), tmp_path)
@@ -654,7 +686,7 @@ def test_one_class_counts_as_unlabelled(tmp_path, capsys):
     d = data.load_dataset(str(tmp_path / "deep"), tmp_path)
     assert not d.labelled
     said = " ".join(capsys.readouterr().out.split())
-    assert "of one class" in said and "the only class folder in train/ is images/" in said
+    assert "of one class" in said and "the only class folder is images/" in said
 
 
 def test_all_broken_images_are_named_at_once(tmp_path):
@@ -676,10 +708,15 @@ def test_a_named_cache_is_used_with_the_authors_constants(tmp_path):
     images = np.full((100, 32, 32, 3), 255, np.uint8)
     images[50:] = 0
     labels = np.arange(100) // 10
-    np.savez(tmp_path / "cifar10.npz", train_images=images, test_images=images,
-             train_labels=labels, test_labels=labels)
+    np.savez(
+        tmp_path / "cifar10.npz",
+        train_images=images,
+        test_images=images,
+        train_labels=labels,
+        test_labels=labels,
+    )
     d = data.load_dataset("cifar10", tmp_path, train_images=60)
-    expected = torch.tensor([(1 - .4914) / .2023, (1 - .4822) / .1994, (1 - .4465) / .2010])
+    expected = torch.tensor([(1 - 0.4914) / 0.2023, (1 - 0.4822) / 0.1994, (1 - 0.4465) / 0.2010])
     x = d.normalize(d.train_images)
     assert len(x) == 60 and torch.allclose(x[0, :, 0, 0], expected)
     assert torch.allclose(d.denormalize(x)[0], torch.ones(1), atol=1e-6)
@@ -688,14 +725,19 @@ def test_a_named_cache_is_used_with_the_authors_constants(tmp_path):
     assert torch.equal(d.train_labels, again.train_labels)
 
 
-@pytest.mark.parametrize("change,message", [
-    (dict(train_images=np.zeros((4, 32, 32, 3), np.float32)), "uint8"),
-    (dict(train_images=np.zeros((4, 3, 32, 32), np.uint8)), "uint8"),
-    (dict(train_labels=np.zeros(3, int)), "integers"),
-    (dict(train_labels=np.zeros(120)), "integers"),
-    (dict(test_images=np.zeros((30, 16, 16, 3), np.uint8)), "of one size"),
-    (dict(train_images=np.zeros((120, 32, 32, 3), np.uint8)), "not all of one colour"),
-    (arrays(size=7), "of 7 pixels"), (arrays(n=1), "from 1 training images")])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(train_images=np.zeros((4, 32, 32, 3), np.float32)), "uint8"),
+        (dict(train_images=np.zeros((4, 3, 32, 32), np.uint8)), "uint8"),
+        (dict(train_labels=np.zeros(3, int)), "integers"),
+        (dict(train_labels=np.zeros(120)), "integers"),
+        (dict(test_images=np.zeros((30, 16, 16, 3), np.uint8)), "of one size"),
+        (dict(train_images=np.zeros((120, 32, 32, 3), np.uint8)), "not all of one colour"),
+        (arrays(size=7), "of 7 pixels"),
+        (arrays(n=1), "from 1 training images"),
+    ],
+)
 def test_an_npz_is_checked(tmp_path, change, message):
     """What cannot be used is refused with the reason."""
     with pytest.raises(InputError, match=message):
@@ -709,7 +751,9 @@ def test_the_kinds_of_npz_that_people_have(tmp_path, capsys):
     assert opened(tmp_path, class_names=names).id == usual.id
     medical = opened(tmp_path, train_labels=arrays()["train_labels"].astype(np.uint8)[:, None])
     assert medical.id == usual.id
-    numbers = {key: arrays()[key] * 7_000_000 + 10_000_001 for key in ("train_labels", "test_labels")}
+    numbers = {
+        key: arrays()[key] * 7_000_000 + 10_000_001 for key in ("train_labels", "test_labels")
+    }
     assert opened(tmp_path, **numbers).classes == 3 and opened(tmp_path, **numbers).id == usual.id
     grey = {key: value[:, :28, :28, 0] for key, value in arrays().items() if "images" in key}
     d = opened(tmp_path, **grey)
@@ -725,14 +769,22 @@ def test_the_kinds_of_npz_that_people_have(tmp_path, capsys):
 
 def test_reading_takes_little_memory(tmp_path):
     """An .npz is opened in not much more than its own size."""
-    np.savez(tmp_path / "big.npz", train_images=np.random.default_rng(0).integers(
-        0, 256, (20_000, 32, 32, 3), np.uint8))
-    script = ("import resource, sys; sys.path.insert(0, sys.argv[1]); import data; "
-              "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
-              "before = peak(); data.load_dataset(sys.argv[2]); print(peak() - before)")
-    done = subprocess.run([sys.executable, "-c", script, str(FOLDER), str(tmp_path / "big.npz")],
-                          capture_output=True, text=True, check=True)
-    taken = int(done.stdout.split()[-1]) / 1024                # MiB
+    np.savez(
+        tmp_path / "big.npz",
+        train_images=np.random.default_rng(0).integers(0, 256, (20_000, 32, 32, 3), np.uint8),
+    )
+    script = (
+        "import resource, sys; sys.path.insert(0, sys.argv[1]); import data; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "before = peak(); data.load_dataset(sys.argv[2]); print(peak() - before)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(FOLDER), str(tmp_path / "big.npz")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    taken = int(done.stdout.split()[-1]) / 1024  # MiB
     assert taken < 1.6 * 20_000 * 32 * 32 * 3 / 2**20, taken
 
 
@@ -741,9 +793,12 @@ def test_what_cannot_be_a_data_set_is_named(tmp_path):
     (tmp_path / "bad.npz").write_bytes(b"not a zip")
     (tmp_path / "empty").mkdir()
     make_folder(tmp_path / "pets")
-    for name, message in (("bad.npz", "bad.npz is not a whole"), ("none.npz", "none.npz is not"),
-                          ("empty", "holds no folder called train"),
-                          ("nothing", "unknown data set")):
+    for name, message in (
+        ("bad.npz", "bad.npz is not a whole"),
+        ("none.npz", "none.npz is not"),
+        ("empty", "holds no folder called train"),
+        ("nothing", "unknown data set"),
+    ):
         with pytest.raises(InputError, match=message):
             data.load_dataset(str(tmp_path / name), tmp_path)
     with pytest.raises((InputError, MemoryError)):
@@ -753,40 +808,80 @@ def test_what_cannot_be_a_data_set_is_named(tmp_path):
 RED, GREEN, BLUE = (254, 0, 0), (0, 255, 1), (0, 0, 254)
 # The official folders: pictures (by colour) and lists, of classes 0 and 1 (train) and 1 (test).
 LAYOUTS = {
-    "tinyimagenet": ("tinyimagenet/tiny-imagenet-200", {
-        "train/n01/images/n01_0.JPEG": RED, "train/n02/images/n02_0.JPEG": GREEN,
-        "val/images/val_0.JPEG": BLUE,
-        "val/val_annotations.txt": "val_0.JPEG\tn02\t0\t0\t62\t62\n"}),
-    "aircraft": ("fgvc-aircraft-2013b", {
-        "data/images/1.jpg": RED, "data/images/2.jpg": GREEN, "data/images/3.jpg": BLUE,
-        "data/variants.txt": "707-320\nA 300\n",
-        "data/images_variant_trainval.txt": "1 707-320\n2 A 300\n",
-        "data/images_variant_test.txt": "3 A 300\n"}),
-    "cub2011": ("cub2011/CUB_200_2011", {
-        "images/001.A/a.jpg": RED, "images/002.B/b.jpg": BLUE, "images/002.B/c.jpg": GREEN,
-        "images.txt": "1 001.A/a.jpg\n2 002.B/b.jpg\n3 002.B/c.jpg\n",
-        "image_class_labels.txt": "1 1\n2 2\n3 2\n", "train_test_split.txt": "1 1\n2 0\n3 1\n"}),
-    "dogs": ("dogs", {
-        "Images/n01-A/a.jpg": RED, "Images/n02-B/b.jpg": GREEN, "Images/n02-B/c.jpg": BLUE,
-        "train_list.mat": {"file_list": np.array([["n01-A/a.jpg"], ["n02-B/b.jpg"]], object),
-                           "labels": [[1], [2]]},
-        "test_list.mat": {"file_list": np.array([["n02-B/c.jpg"]] * 2, object),
-                          "labels": [[2], [2]]}}),
-    "cars": ("stanford_cars", {                                # cars_train twice, as often found
-        "cars_train/cars_train/1.jpg": RED, "cars_train/cars_train/2.jpg": GREEN,
-        "cars_test/cars_test/2.jpg": BLUE,
-        "devkit/cars_train_annos.mat": {"annotations": [{"class": 1, "fname": "1.jpg"},
-                                                        {"class": 2, "fname": "2.jpg"}]},
-        "cars_test_annos_withlabels.mat": {"annotations": [{"class": 2, "fname": "2.jpg"}] * 2}}),
-    "flowers": ("flowers-102", {
-        "jpg/image_00001.jpg": RED, "jpg/image_00002.jpg": GREEN, "jpg/image_00003.jpg": BLUE,
-        "imagelabels.mat": {"labels": [[1, 2, 2]]},
-        "setid.mat": {"trnid": [[1, 2]], "valid": [[1, 2]], "tstid": [[3, 3]]}}),
+    "tinyimagenet": (
+        "tinyimagenet/tiny-imagenet-200",
+        {
+            "train/n01/images/n01_0.JPEG": RED,
+            "train/n02/images/n02_0.JPEG": GREEN,
+            "val/images/val_0.JPEG": BLUE,
+            "val/val_annotations.txt": "val_0.JPEG\tn02\t0\t0\t62\t62\n",
+        },
+    ),
+    "aircraft": (
+        "fgvc-aircraft-2013b",
+        {
+            "data/images/1.jpg": RED,
+            "data/images/2.jpg": GREEN,
+            "data/images/3.jpg": BLUE,
+            "data/variants.txt": "707-320\nA 300\n",
+            "data/images_variant_trainval.txt": "1 707-320\n2 A 300\n",
+            "data/images_variant_test.txt": "3 A 300\n",
+        },
+    ),
+    "cub2011": (
+        "cub2011/CUB_200_2011",
+        {
+            "images/001.A/a.jpg": RED,
+            "images/002.B/b.jpg": BLUE,
+            "images/002.B/c.jpg": GREEN,
+            "images.txt": "1 001.A/a.jpg\n2 002.B/b.jpg\n3 002.B/c.jpg\n",
+            "image_class_labels.txt": "1 1\n2 2\n3 2\n",
+            "train_test_split.txt": "1 1\n2 0\n3 1\n",
+        },
+    ),
+    "dogs": (
+        "dogs",
+        {
+            "Images/n01-A/a.jpg": RED,
+            "Images/n02-B/b.jpg": GREEN,
+            "Images/n02-B/c.jpg": BLUE,
+            "train_list.mat": {
+                "file_list": np.array([["n01-A/a.jpg"], ["n02-B/b.jpg"]], object),
+                "labels": [[1], [2]],
+            },
+            "test_list.mat": {
+                "file_list": np.array([["n02-B/c.jpg"]] * 2, object),
+                "labels": [[2], [2]],
+            },
+        },
+    ),
+    "cars": (
+        "stanford_cars",
+        {  # cars_train twice, as often found
+            "cars_train/cars_train/1.jpg": RED,
+            "cars_train/cars_train/2.jpg": GREEN,
+            "cars_test/cars_test/2.jpg": BLUE,
+            "devkit/cars_train_annos.mat": {
+                "annotations": [{"class": 1, "fname": "1.jpg"}, {"class": 2, "fname": "2.jpg"}]
+            },
+            "cars_test_annos_withlabels.mat": {"annotations": [{"class": 2, "fname": "2.jpg"}] * 2},
+        },
+    ),
+    "flowers": (
+        "flowers-102",
+        {
+            "jpg/image_00001.jpg": RED,
+            "jpg/image_00002.jpg": GREEN,
+            "jpg/image_00003.jpg": BLUE,
+            "imagelabels.mat": {"labels": [[1, 2, 2]]},
+            "setid.mat": {"trnid": [[1, 2]], "valid": [[1, 2]], "tstid": [[3, 3]]},
+        },
+    ),
 }
 
 
 def write_layout(root, files):
-    """Makes the files of LAYOUTS below `root`; skips the test where scipy is needed and not there."""
+    """Makes the files of LAYOUTS below `root`; skips the test if scipy is needed and not there."""
     for file, content in files.items():
         path = root / file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -843,11 +938,16 @@ def test_cifar_is_read_from_its_batches(tmp_path, name, monkeypatch):
 
 def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
     """Without a network: which places are looked at, and nothing half made is left."""
+
     def offline(*arguments, **options):
         raise OSError("no route to host")
+
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    for name, place in (("cifar10", "cifar-10-python.tar.gz"), ("cars", "stanford_cars/devkit"),
-                        ("tinyimagenet", "tinyimagenet/tiny-imagenet-200.zip")):
+    for name, place in (
+        ("cifar10", "cifar-10-python.tar.gz"),
+        ("cars", "stanford_cars/devkit"),
+        ("tinyimagenet", "tinyimagenet/tiny-imagenet-200.zip"),
+    ):
         with pytest.raises(InputError, match=f"cannot read {name}.*{place}.*{name}.npz.*README"):
             data.load_dataset(name, tmp_path)
     assert not list(tmp_path.glob("*.npz"))
@@ -902,11 +1002,13 @@ def test_a_teacher_resumes_bit_for_bit(tmp_path, ssl):
         head = models.build(lambda: models.SSL[ssl].projector(encoder.feature_dim), 0, "head")
         model = nn.Sequential(encoder, head)
         optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=1e-6)
-        progress = data.Progress("teacher", 9, data.Log(minutes=0), tmp_path / name, model=model,
-                                 optimizer=optimizer)
+        progress = data.Progress(
+            "teacher", 9, data.Log(minutes=0), tmp_path / name, model=model, optimizer=optimizer
+        )
         with contextlib.suppress(Killed):
             mkdt.train_teacher(model, optimizer, dataset, s, KilledAt(progress, stop))
         return model.state_dict()
+
     whole, killed = learn("a.pt"), learn("b.pt", stop=5)
     resumed = learn("b.pt")
     assert all(torch.equal(whole[k], resumed[k]) for k in whole)
@@ -927,27 +1029,34 @@ def expert(epochs, objective="mse"):
     network, _, _, images, z = problem()
     s = settings(objective=objective, expert_epochs=epochs, expert_lr=0.1, expert_batch=4)
     order = list(models.batches(10, 4, epochs, 5, "expert order"))
-    return mkdt.train_expert(network, mse_of(network), order,
-                             lambda batch, draw: (images[batch], z[batch]), s, 5, Steps())
+    return mkdt.train_expert(
+        network,
+        mse_of(network),
+        order,
+        lambda batch, draw: (images[batch], z[batch]),
+        s,
+        5,
+        Steps(),
+    )
 
 
 def test_an_expert_is_sgd_by_hand_and_keeps_copies():
     """Eq. 7 by hand: SGD with momentum and weight decay; a snapshot at each epoch."""
     trajectory, losses = expert(3)
     assert trajectory.shape[0] == 4 and len(losses) == 3
-    assert torch.equal(trajectory[:3], expert(2)[0])           # shorter training: a prefix
+    assert torch.equal(trajectory[:3], expert(2)[0])  # shorter training: a prefix
     assert all(not torch.equal(a, b) for a, b in zip(trajectory, trajectory[1:]))
     _, loss, theta, images, z = problem()
     assert torch.equal(trajectory[0], theta)
     velocity = torch.zeros_like(theta)
     for epoch in range(3):
         order = torch.randperm(10, generator=models.stream(5, "expert order", epoch))
-        for batch in (order[:4], order[4:8], order[8:]):       # the short last one is kept
+        for batch in (order[:4], order[4:8], order[8:]):  # the short last one is kept
             g = torch.func.grad(loss)(theta, images[batch], z[batch])
             velocity = 0.9 * velocity + g + 1e-4 * theta
             theta = theta - 0.1 * velocity
     assert relative(theta, trajectory[-1]) < 1e-12
-    assert relative(expert(3, "ssl")[0][-1], trajectory[-1]) > 1e-2        # by Adam
+    assert relative(expert(3, "ssl")[0][-1], trajectory[-1]) > 1e-2  # by Adam
 
 
 def test_the_objectives_are_what_they_are_called():
@@ -965,8 +1074,10 @@ def test_the_objectives_are_what_they_are_called():
 
 def test_the_high_loss_subset_by_hand():
     """Section 4.2 on five images of one colour and two experts."""
-    def f(theta, x):                                           # representation: theta * mean pixel
+
+    def f(theta, x):  # representation: theta * mean pixel
         return theta * x.mean(dim=(1, 2, 3))[:, None].expand(-1, 2)
+
     pixels = torch.tensor([0, 1, 2, 3, 3], dtype=torch.uint8)
     images = pixels[:, None, None, None].expand(-1, 3, 2, 2)
     one = torch.ones(3, 1, 1)
@@ -984,8 +1095,10 @@ def test_the_high_loss_subset_by_hand():
 # ---- The matching gradient and Algorithm 1 -----------------------------------------------------
 def differentiated(loss, theta, target, images, lr, steps):
     """The oracle: Eq. 4 as mkdt.py states it in its plain form, differentiated as a whole."""
+
     def matching_loss(images, lr):
         return mkdt.matching_loss(loss, theta, target, images, lr, steps)
+
     gradients, value = torch.func.grad_and_value(matching_loss, argnums=(0, 1))(images, lr)
     return value, *gradients
 
@@ -1005,7 +1118,7 @@ def test_the_plain_form_is_equation_4():
     loss, theta, target, images, lr, steps = matching_problem(2)
     theta_n = theta.clone().requires_grad_()
     for batch, y in steps:
-        g, = torch.autograd.grad(loss(theta_n, images[batch], y), theta_n, create_graph=True)
+        (g,) = torch.autograd.grad(loss(theta_n, images[batch], y), theta_n, create_graph=True)
         theta_n = theta_n - lr * g
     expected = (theta_n - target).norm() ** 2 / (theta - target).norm() ** 2
     assert torch.allclose(mkdt.matching_loss(loss, theta, target, images, lr, steps), expected)
@@ -1046,6 +1159,7 @@ def test_the_matching_gradient_is_exact_for_other_objectives(system):
 
     def steps(seed):
         return [(batch, examples.y(batch, (seed, "views", n))) for n, batch in enumerate(drawn)]
+
     ours = mkdt.matching_gradient(mkdt.InnerStep(loss), *rest, steps(0))
     for a, b in zip(ours, differentiated(loss, *rest, steps(0))):
         assert b.norm() > 0 and relative(a, b) < 1e-9
@@ -1066,8 +1180,10 @@ def test_the_matching_gradient_detaches_what_it_is_given():
 
 def test_an_inner_step_by_hand_on_a_linear_model():
     """L = (theta x - z)^2, one image: theta' = theta - lr * 2 x (theta x - z)."""
+
     def loss(theta, x, z):
         return (theta * x - z).square().mean()
+
     theta, x, z, target = (torch.tensor([v], dtype=torch.float64) for v in (0.5, 2.0, 3.0, 1.5))
     stepped = 0.5 - 0.1 * 2 * 2 * (0.5 * 2 - 3)
     steps = [(torch.tensor([0]), z)]
@@ -1081,23 +1197,24 @@ def algorithm_1(loss, experts, images, z, iterations, name=lambda iteration: ite
     D_syn, alpha_syn and the starts (i, t). name(iteration): the draw's name."""
     D_syn = images.clone().requires_grad_()
     alpha_syn = torch.tensor(0.1, requires_grad=True)
-    optimizer = torch.optim.SGD([{"params": [D_syn], "lr": 3.0},
-                                 {"params": [alpha_syn], "lr": 1e-3}], momentum=0.5)
+    optimizer = torch.optim.SGD(
+        [{"params": [D_syn], "lr": 3.0}, {"params": [alpha_syn], "lr": 1e-3}], momentum=0.5
+    )
     starts = set()
-    for iteration in range(iterations):                                            # line 5
+    for iteration in range(iterations):  # line 5
         rng = models.stream(0, "distill", name(iteration))
-        i = int(torch.randint(3, (), generator=rng))                               # line 6
-        t = int(torch.randint(2 + 1, (), generator=rng))                           # line 7: t <= T+
-        theta_n = experts[i][t].requires_grad_()                                   # lines 8, 9
-        for batch in mkdt.draw_batches(10, 4, 6, rng):                             # lines 10 - 12
+        i = int(torch.randint(3, (), generator=rng))  # line 6
+        t = int(torch.randint(2 + 1, (), generator=rng))  # line 7: t <= T+
+        theta_n = experts[i][t].requires_grad_()  # lines 8, 9
+        for batch in mkdt.draw_batches(10, 4, 6, rng):  # lines 10 - 12
             L_MSE = loss(theta_n, D_syn[batch], z[batch])
-            g, = torch.autograd.grad(L_MSE, theta_n, create_graph=True)
-            theta_n = theta_n - alpha_syn * g                                      # lines 13, 14
+            (g,) = torch.autograd.grad(L_MSE, theta_n, create_graph=True)
+            theta_n = theta_n - alpha_syn * g  # lines 13, 14
         start, target = experts[i][t], experts[i][t + 2]
-        L_DD = (theta_n - target).square().sum() / (start - target).square().sum()     # 16, 17
+        L_DD = (theta_n - target).square().sum() / (start - target).square().sum()  # 16, 17
         optimizer.zero_grad()
         L_DD.backward()
-        optimizer.step()                                                           # line 18
+        optimizer.step()  # line 18
         starts.add((i, t))
     return D_syn.detach(), alpha_syn.detach(), starts
 
@@ -1108,11 +1225,21 @@ def distilled_by_us(iterations):
     experts = []
     for i in range(3):
         experts.append(theta + 0.02 * torch.randn(5, len(theta), generator=models.stream(i)))
-    s = settings(syn_steps=4, match_epochs=2, max_start_epoch=2, pixel_lr=3.0, syn_lr=0.1,
-                 syn_lr_lr=1e-3, syn_batch=6, clip=0.0, iterations=iterations)
+    s = settings(
+        syn_steps=4,
+        match_epochs=2,
+        max_start_epoch=2,
+        pixel_lr=3.0,
+        syn_lr=0.1,
+        syn_lr_lr=1e-3,
+        syn_batch=6,
+        clip=0.0,
+        iterations=iterations,
+    )
     syn, optimizer = mkdt.new_distilled(images, z, s)
-    mkdt.distill(mkdt.InnerStep(loss), experts, syn, optimizer, lambda batch, draw: z[batch], s,
-                 Steps())
+    mkdt.distill(
+        mkdt.InnerStep(loss), experts, syn, optimizer, lambda batch, draw: z[batch], s, Steps()
+    )
     return loss, experts, images, z, syn
 
 
@@ -1120,7 +1247,7 @@ def test_distillation_is_algorithm_1():
     """`distill` moves images and learned rate as the naive form of Algorithm 1 does."""
     loss, experts, images, z, ours = distilled_by_us(9)
     D_syn, alpha_syn, starts = algorithm_1(loss, experts, images, z, 9)
-    assert {t for _, t in starts} == {0, 1, 2} == {i for i, _ in starts}           # T+ included
+    assert {t for _, t in starts} == {0, 1, 2} == {i for i, _ in starts}  # T+ included
     assert relative(ours.images - images, D_syn - images) < 1e-5
     assert float(ours.lr) == pytest.approx(float(alpha_syn), rel=1e-5)
 
@@ -1128,9 +1255,11 @@ def test_distillation_is_algorithm_1():
 def test_ranks_average_their_gradients(monkeypatch):
     """Rank 0 of two, with an equal gradient from the other: the mean, not the sum, is applied, and
     each iteration of each rank has a draw of its own."""
+
     def the_other_rank_has_the_same(tensors):
         for tensor in tensors:
             tensor *= 2
+
     monkeypatch.setattr(mkdt, "RANKS", 2)
     monkeypatch.setattr(mkdt, "sum_over_ranks", the_other_rank_has_the_same)
     loss, experts, images, z, ours = distilled_by_us(4)
@@ -1141,22 +1270,54 @@ def test_ranks_average_their_gradients(monkeypatch):
 
 def run_distill(tmp_path, iterations, name="a", minutes=5, stop=None, **changes):
     """(the Distilled set, what was reported) after `iterations` with a checkpoint."""
-    s = settings(**{**dict(syn_steps=6, max_start_epoch=2, pixel_lr=3.0, syn_batch=8, clip=0.0,
-                           syn_lr_lr=1e-3, iterations=iterations), **changes})
+    s = settings(
+        **{
+            **dict(
+                syn_steps=6,
+                max_start_epoch=2,
+                pixel_lr=3.0,
+                syn_batch=8,
+                clip=0.0,
+                syn_lr_lr=1e-3,
+                iterations=iterations,
+            ),
+            **changes,
+        }
+    )
     network, loss, theta, images, z = problem(dtype=torch.float32)
     g = torch.Generator().manual_seed(1)
     real, z_real = torch.randn(40, 3, 8, 8, generator=g), torch.randn(40, 4, generator=g)
     order = list(models.batches(40, 8, 4, 0, "order"))
     trajectory, _ = mkdt.train_expert(
-        network, mse_of(network), order, lambda batch, draw: (real[batch], z_real[batch]),
-        settings(expert_epochs=4, expert_lr=0.05), 0, Steps())
+        network,
+        mse_of(network),
+        order,
+        lambda batch, draw: (real[batch], z_real[batch]),
+        settings(expert_epochs=4, expert_lr=0.05),
+        0,
+        Steps(),
+    )
     syn, optimizer = mkdt.new_distilled(images, z, s)
-    progress = data.Progress("distill", iterations, data.Log(minutes=minutes, seconds=0),
-                             tmp_path / f"{name}.pt", "Lower --pixel-lr.", images=syn.images,
-                             lr=syn.lr, optimizer=optimizer)
+    progress = data.Progress(
+        "distill",
+        iterations,
+        data.Log(minutes=minutes, seconds=0),
+        tmp_path / f"{name}.pt",
+        "Lower --pixel-lr.",
+        images=syn.images,
+        lr=syn.lr,
+        optimizer=optimizer,
+    )
     with contextlib.suppress(Killed):
-        mkdt.distill(mkdt.InnerStep(loss), [trajectory], syn, optimizer,
-                     lambda batch, draw: z[batch], s, KilledAt(progress, stop))
+        mkdt.distill(
+            mkdt.InnerStep(loss),
+            [trajectory],
+            syn,
+            optimizer,
+            lambda batch, draw: z[batch],
+            s,
+            KilledAt(progress, stop),
+        )
     return syn
 
 
@@ -1191,7 +1352,7 @@ def test_a_distillation_that_breaks_stops_and_keeps_the_state_before(tmp_path):
     """NaN or a rate below zero: one line, and the last checkpoint is that of a good step."""
     with pytest.raises(data.Diverged, match="distill: .*became .*nan.*Lower --pixel-lr"):
         run_distill(tmp_path, 50, pixel_lr=1e20)
-    assert not (tmp_path / "a.pt").exists()                    # nothing was good enough
+    assert not (tmp_path / "a.pt").exists()  # nothing was good enough
     with pytest.raises(data.Diverged, match="lr became -"):
         run_distill(tmp_path, 50, "b", minutes=0, syn_lr_lr=0.03)
     assert data.load(tmp_path / "b.pt")["lr"] > 0
@@ -1208,7 +1369,7 @@ def supervised_loss(W, x, y):
 def spectral_loss(W, x1, x2, x, itself):
     """L_SSL of Theorem 4.1: views x1, x2 [B, d] of the batch, which stands in the second term as
     x; with i = j or not."""
-    squares = (x @ W.T @ W @ x.T).square()                                          # [B, B]
+    squares = (x @ W.T @ W @ x.T).square()  # [B, B]
     others = (squares.sum() - squares.trace()) / (len(x) * (len(x) - 1))
     first = -2 * ((x1 @ W.T) * (x2 @ W.T)).sum(dim=1).mean()
     return first + (squares.mean() if itself else others)
@@ -1241,9 +1402,11 @@ def test_theorem_4_1(noise, d=10, n=20000):
     # g = sum of e x^T over the two, e the noise of x: 2 (E |e|^2 |x|^2 - |E e x^T|^2)
     assert abs(supervised - 2 * (d * noise + noise**2 * (d * d + d))) < error
     for itself in (True, False):
-        for strength in (0.0, 1.0):                          # 0: what many views tend to
-            x1, x2 = (x + strength * torch.randn(x.shape, generator=rng, dtype=torch.float64)
-                      for _ in range(2))
+        for strength in (0.0, 1.0):  # 0: what many views tend to
+            x1, x2 = (
+                x + strength * torch.randn(x.shape, generator=rng, dtype=torch.float64)
+                for _ in range(2)
+            )
             contrastive, wide = variance(gradients(spectral_loss, W, x1, x2, x, itself))
             assert contrastive - wide > supervised + error, (noise, itself, strength)
 
@@ -1259,9 +1422,10 @@ def test_proposition_d_1(K=5, d=8, n=40, size=8, rate=0.01):
         "mse": lambda theta, x, y, a, b: supervised_loss(theta, x, one_hot[y]),
         "cross-entropy": lambda theta, x, y, a, b: F.cross_entropy(x @ theta.T, y),
         "spectral": lambda theta, x, y, a, b: spectral_loss(theta, x, x, x, False),
-        "spectral, views": lambda theta, x, y, a, b: spectral_loss(theta, a, b, a, False)}
+        "spectral, views": lambda theta, x, y, a, b: spectral_loss(theta, a, b, a, False),
+    }
     for name, loss in losses.items():
-        for batch in (size, n):                             # n: a single part, nothing can vary
+        for batch in (size, n):  # n: a single part, nothing can vary
             parts = torch.stack([torch.randperm(n, generator=rng) for _ in range(200)])
             parts = parts.view(-1, batch)
             g = gradients(loss, theta, *(values[parts] for values in (x, labels, a, b)))
@@ -1277,12 +1441,14 @@ def test_the_gradient_noise_of_figure_1_by_hand():
     """tr Cov / |E g|^2 of gradients whose mean and covariance are known."""
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(4000, 3, generator=g, dtype=torch.float64)
-    gradients = torch.tensor([2.0, 0.0, 0.0]) + 0.5 * noise    # tr Cov = 0.75, |E g|^2 = 4
+    gradients = torch.tensor([2.0, 0.0, 0.0]) + 0.5 * noise  # tr Cov = 0.75, |E g|^2 = 4
 
     def examples(batch, draw):
         return batch, draw[-1]
-    found = mkdt.gradient_noise(lambda theta, x, k: gradients[k], torch.zeros(3), examples, 9, 4, 0,
-                                count=4000)
+
+    found = mkdt.gradient_noise(
+        lambda theta, x, k: gradients[k], torch.zeros(3), examples, 9, 4, 0, count=4000
+    )
     assert found == pytest.approx(0.75 / 4, rel=0.05)
 
 
@@ -1298,8 +1464,9 @@ def test_linear_probe_finds_the_optimum(scale):
     def objective(p):
         penalty = 1e-3 * p[:15].square().sum()
         return F.cross_entropy(x @ p[:15].view(3, 5).T + p[15:], y) + penalty
+
     best = reached = torch.cat([W.flatten(), b])
-    for _ in range(50):                            # Newton, the bias's null direction damped
+    for _ in range(50):  # Newton, the bias's null direction damped
         hessian = torch.func.hessian(objective)(best) + 1e-9 * torch.eye(18, dtype=x.dtype)
         best = best - torch.linalg.solve(hessian, torch.func.grad(objective)(best))
     assert float(objective(reached)) <= float(objective(best)) + 1e-7
@@ -1341,18 +1508,33 @@ def test_a_probe_uses_the_labelled_images_only(tmp_path):
     net = models.build(lambda: models.ConvNet(4, 16, 8), 0, "a").eval()
     d.train_labels[40:] = -1
     d.test_labels[6:] = -1
-    few = data.Dataset("few", d.train_images[:40], d.train_labels[:40], d.test_images[:6],
-                       d.test_labels[:6], d.mean, d.std)
+    few = data.Dataset(
+        "few",
+        d.train_images[:40],
+        d.train_labels[:40],
+        d.test_images[:6],
+        d.test_labels[:6],
+        d.mean,
+        d.std,
+    )
     assert evaluation.linear_scores(net, d, [50], 0) == evaluation.linear_scores(net, few, [50], 0)
 
 
 def test_pretraining_is_plain_sgd_with_momentum():
     """Eq. 9 by hand, weight decay included."""
     network, loss, theta, images, z = problem()
-    evaluation.pretrain(network, mse_of(network), models.batches(10, 256, 3, 0, ""),
-                        lambda batch, draw: (images[batch], z[batch]), 0.2, 1e-4, 0, Steps())
+    evaluation.pretrain(
+        network,
+        mse_of(network),
+        models.batches(10, 256, 3, 0, ""),
+        lambda batch, draw: (images[batch], z[batch]),
+        0.2,
+        1e-4,
+        0,
+        Steps(),
+    )
     velocity = torch.zeros_like(theta)
-    for _ in range(3):                             # 10 images are one batch: order is nothing
+    for _ in range(3):  # 10 images are one batch: order is nothing
         velocity = 0.9 * velocity + torch.func.grad(loss)(theta, images, z) + 1e-4 * theta
         theta = theta - 0.2 * velocity
     assert relative(theta, models.flat_parameters(network)) < 1e-10
@@ -1365,6 +1547,7 @@ def test_self_supervised_pretraining_is_adam_on_two_views(tmp_path):
 
     def fresh():
         return models.build(lambda: models.ConvNet(6, 16, 4), 0, "x")
+
     net = fresh()
     order = [(0, torch.arange(8)), (1, torch.arange(1)), (2, torch.arange(8, 16))]
     evaluation.pretrain_ssl(net, order, d.train_images, d, s, 1e-3, 0, lambda step, loss: None)
@@ -1373,7 +1556,9 @@ def test_self_supervised_pretraining_is_adam_on_two_views(tmp_path):
     both = nn.Sequential(by_hand, head)
     optimizer = torch.optim.Adam(both.parameters(), 1e-3, weight_decay=1e-6)
     for step, batch in (order[0], order[2]):
-        z1, z2 = models.two_projections(both, d.train_images[batch], d, s, (0, "pretrain views", step))
+        z1, z2 = models.two_projections(
+            both, d.train_images[batch], d, s, (0, "pretrain views", step)
+        )
         optimizer.zero_grad()
         models.barlow_twins_loss(z1, z2, 1 / 128).backward()
         optimizer.step()
@@ -1402,8 +1587,11 @@ def test_finetuning_is_lee_et_als(tmp_path):
         velocity = 0.9 * velocity + g + 5e-4 * theta
         theta = theta - 0.01 * 0.5 * (1 + math.cos(math.pi * step / 3)) * velocity
     assert relative(models.flat_parameters(network), theta) < 1e-4 and not network.training
-    assert evaluation.FINETUNE_STEPS == {"cifar10": 10_000, "cifar100": 10_000,
-                                         "tinyimagenet": 10_000}
+    assert evaluation.FINETUNE_STEPS == {
+        "cifar10": 10_000,
+        "cifar100": 10_000,
+        "tinyimagenet": 10_000,
+    }
 
 
 # ---- Baselines ---------------------------------------------------------------------------------
@@ -1441,12 +1629,17 @@ class KRRSTProblem:
 
     def run(self, name="a", steps=60, stop=None, lifetime=20):
         """KRR-ST's images and targets; keeps the rate and the ages after each step in `seen`."""
+
         def progress_of(**state):
-            progress = data.Progress("krr_st", steps, data.Log(minutes=0), self.folder / name, **state)
+            progress = data.Progress(
+                "krr_st", steps, data.Log(minutes=0), self.folder / name, **state
+            )
             return Seen(KilledAt(progress, stop), state, self.seen)
+
         with contextlib.suppress(Killed):
-            return evaluation.krr_st(self.make, self.real[:8], self.noisy[:8], self.draw, 0.003,
-                                     lifetime, progress_of)
+            return evaluation.krr_st(
+                self.make, self.real[:8], self.noisy[:8], self.draw, 0.003, lifetime, progress_of
+            )
 
     @torch.no_grad()
     def quality(self, images, targets):
@@ -1514,8 +1707,11 @@ def test_dm_moves_every_image_in_every_iteration(tmp_path):
 
     def run(name, iterations, stop=None):
         def progress_of(**state):
-            progress = data.Progress("dm", iterations, data.Log(minutes=0), tmp_path / name, **state)
+            progress = data.Progress(
+                "dm", iterations, data.Log(minutes=0), tmp_path / name, **state
+            )
             return KilledAt(progress, stop)
+
         with contextlib.suppress(Killed):
             return evaluation.dm(make, begin, d, s, 4, progress_of)
 
@@ -1526,6 +1722,7 @@ def test_dm_moves_every_image_in_every_iteration(tmp_path):
             real = f(d.normalize(d.train_images)).mean(dim=0)
             total += float((f(images).mean(dim=0) - real).square().sum())
         return total
+
     one, whole = run("one", 1), run("whole", 40)
     assert ((one - begin).flatten(1).abs().amax(dim=1) > 0).all()
     assert distance(whole) < 0.8 * distance(begin)
@@ -1546,8 +1743,14 @@ def test_dm_moves_every_image_in_every_iteration(tmp_path):
 def test_index_files(tmp_path, protocol):
     """Lists, dicts and arrays of indices, in every pickle protocol, .npy and .txt."""
     path = str(tmp_path / "x.pkl")
-    for content in ([3, 1, 2], {"indices": [3, 1, 2]}, np.array([3, 1, 2]), np.array([3.0, 1, 2]),
-                    np.array([3, 1, 2], np.int32), [np.int64(3), np.int64(1), np.int64(2)]):
+    for content in (
+        [3, 1, 2],
+        {"indices": [3, 1, 2]},
+        np.array([3, 1, 2]),
+        np.array([3.0, 1, 2]),
+        np.array([3, 1, 2], np.int32),
+        [np.int64(3), np.int64(1), np.int64(2)],
+    ):
         Path(path).write_bytes(pickle.dumps(content, protocol))
         assert evaluation.read_indices(path, 4).tolist() == [3, 1, 2]
     np.save(tmp_path / "x.npy", np.array([3, 1, 2]))
@@ -1556,9 +1759,20 @@ def test_index_files(tmp_path, protocol):
         assert evaluation.read_indices(str(tmp_path / f"x.{kind}"), 4).tolist() == [3, 1, 2]
 
 
-@pytest.mark.parametrize("content", [
-    [0, 9], [-1], [0.5], [1, 1], [], "abc", {"x": [1]}, Hostile(eval, "open('hacked', 'w')"),
-    Hostile(os.system, "touch hacked")])
+@pytest.mark.parametrize(
+    "content",
+    [
+        [0, 9],
+        [-1],
+        [0.5],
+        [1, 1],
+        [],
+        "abc",
+        {"x": [1]},
+        Hostile(eval, "open('hacked', 'w')"),
+        Hostile(os.system, "touch hacked"),
+    ],
+)
 def test_bad_index_files_are_refused(tmp_path, monkeypatch, content):
     """Out of range, twice, no numbers, or hostile: one line, and nothing runs."""
     monkeypatch.chdir(tmp_path)
@@ -1573,27 +1787,46 @@ def test_distilled_sets_of_other_systems(tmp_path):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(6, 3, 8, 8, generator=g), torch.randn(6, 5, generator=g)
     labels = torch.arange(6) % 3
-    files = {"distilled": {"images": x, "targets": y, "lr": 0.2}, "images_300": nn.Parameter(x),
-             "labels_300": y, "synlr_300": torch.tensor(0.36), "x_syn_final": nn.Parameter(x),
-             "y_syn": nn.Parameter(y), "images_best": x, "labels_best": labels, "images_9": x,
-             "labels_9": labels.float(), "lr_9": torch.tensor([0.05])}
+    files = {
+        "distilled": {"images": x, "targets": y, "lr": 0.2},
+        "images_300": nn.Parameter(x),
+        "labels_300": y,
+        "synlr_300": torch.tensor(0.36),
+        "x_syn_final": nn.Parameter(x),
+        "y_syn": nn.Parameter(y),
+        "images_best": x,
+        "labels_best": labels,
+        "images_9": x,
+        "labels_9": labels.float(),
+        "lr_9": torch.tensor([0.05]),
+    }
     for name, value in files.items():
         data.save(tmp_path / f"{name}.pt", value)
-    for name, expected, rate in (("distilled", y, 0.2), ("images_300", y, 0.36),
-                                 ("x_syn_final", y, None), ("images_best", labels, None),
-                                 ("images_9", labels, 0.05)):
+    for name, expected, rate in (
+        ("distilled", y, 0.2),
+        ("images_300", y, 0.36),
+        ("x_syn_final", y, None),
+        ("images_best", labels, None),
+        ("images_9", labels, 0.05),
+    ):
         images, targets, lr = evaluation.read_distilled(tmp_path / f"{name}.pt")
         assert torch.equal(images, x) and torch.equal(targets, expected), name
         assert not images.requires_grad and not targets.requires_grad
         assert lr == (rate and pytest.approx(rate))
 
 
-@pytest.mark.parametrize("content", [
-    {"images": torch.zeros(6, 3, 8, 8), "targets": torch.zeros(4, 5)},
-    {"images": torch.full((6, 3, 8, 8), math.nan), "targets": torch.zeros(6, 5)}, {},
-    {"images": torch.zeros(0, 3, 8, 8), "targets": torch.zeros(0, 5)},
-    {"images": torch.zeros(6, 3, 8, 9), "targets": torch.zeros(6, 5)},
-    {"images": torch.zeros(6, 3, 8, 8), "targets": torch.zeros(6, 5, 2)}, {"data": [1, 2]}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"images": torch.zeros(6, 3, 8, 8), "targets": torch.zeros(4, 5)},
+        {"images": torch.full((6, 3, 8, 8), math.nan), "targets": torch.zeros(6, 5)},
+        {},
+        {"images": torch.zeros(0, 3, 8, 8), "targets": torch.zeros(0, 5)},
+        {"images": torch.zeros(6, 3, 8, 9), "targets": torch.zeros(6, 5)},
+        {"images": torch.zeros(6, 3, 8, 8), "targets": torch.zeros(6, 5, 2)},
+        {"data": [1, 2]},
+    ],
+)
 def test_bad_distilled_sets_are_refused(tmp_path, content):
     """Sizes that differ, NaN, nothing, images that are not square: what was expected is said."""
     data.save(tmp_path / "distilled.pt", content)
@@ -1607,25 +1840,39 @@ def test_bad_distilled_sets_are_refused(tmp_path, content):
 
 def test_set_names():
     """[NAME=]KIND[:ARGUMENT][@RATE]"""
-    for text, parts in (("random", ("random", "random", "", "")),
-                        ("random@0.3", ("random@0.3", "random", "", "0.3")),
-                        ("random:ssl@mkdt", ("random:ssl@mkdt", "random", "ssl", "mkdt")),
-                        ("dm:5", ("dm:5", "dm", "5", "")),
-                        ("mkdt:1000", ("mkdt:1000", "mkdt", "1000", "")),
-                        ("krr_st:3:convnet:4", ("krr_st:3:convnet:4", "krr_st", "3:convnet:4", "")),
-                        ("sas=subset:a@b/sas.pkl", ("sas", "subset", "a@b/sas.pkl", "")),
-                        ("subset:a=b.pkl", ("subset:a=b.pkl", "subset", "a=b.pkl", "")),
-                        ("kip=distilled:x:y@0.5", ("kip", "distilled", "x:y", "0.5"))):
+    for text, parts in (
+        ("random", ("random", "random", "", "")),
+        ("random@0.3", ("random@0.3", "random", "", "0.3")),
+        ("random:ssl@mkdt", ("random:ssl@mkdt", "random", "ssl", "mkdt")),
+        ("dm:5", ("dm:5", "dm", "5", "")),
+        ("mkdt:1000", ("mkdt:1000", "mkdt", "1000", "")),
+        ("krr_st:3:convnet:4", ("krr_st:3:convnet:4", "krr_st", "3:convnet:4", "")),
+        ("sas=subset:a@b/sas.pkl", ("sas", "subset", "a@b/sas.pkl", "")),
+        ("subset:a=b.pkl", ("subset:a=b.pkl", "subset", "a=b.pkl", "")),
+        ("kip=distilled:x:y@0.5", ("kip", "distilled", "x:y", "0.5")),
+    ):
         assert tuple(evaluation.parse_set(text)) == parts
-    for bad in ("moco", "random:moco", "subset:", "subset", "full:1", "krr_st:x", "krr_st:0", "@0.3",
-                "", "x=", "random@0", "random@nan"):
+    for bad in (
+        "moco",
+        "random:moco",
+        "subset:",
+        "subset",
+        "full:1",
+        "krr_st:x",
+        "krr_st:0",
+        "@0.3",
+        "",
+        "x=",
+        "random@0",
+        "random@nan",
+    ):
         with pytest.raises(InputError, match="unknown set"):
             evaluation.parse_set(bad)
 
 
 # ---- The table and the paper's values ----------------------------------------------------------
-# Sums of the printed tables, independent of eval.py: of each row (share of labels by share), then of
-# each column.
+# Sums of the printed tables, independent of the file that eval.py reads: of each row (the shares of
+# labels one after the other), then of each column.
 SUMS = """
 cifar10 2 barlow convnet: 54.01 83.42 53.64 80.41 53.91 81.38 56.78 84.82 67.10 95.96 87.92
     124.07 96.89 138.64 101.69 148.38 114.74 164.64 247.97 18.98 56.98 15.16 7.88 11.99 14.40
@@ -1677,13 +1924,15 @@ def test_the_papers_values_are_those_of_its_tables():
 
 def test_the_papers_column_is_found_by_name_alone():
     """By data set, percentage, teacher, encoder and the row's name; never guessed from a file."""
+
     def means(kind="convnet:128", protocol="linear", **changes):
         run = argparse.Namespace(s=settings(dataset="cifar10", **changes))
         return evaluation.paper_means(run, kind, protocol)
+
     assert means()["5", "mkdt", "cifar10"] == "53.08" and means()["5", "sas", "cifar10"] == "46.52"
-    assert means(syn_steps=1)["5", "mkdt", "cifar10"] == "53.08"           # whatever our settings
+    assert means(syn_steps=1)["5", "mkdt", "cifar10"] == "53.08"  # whatever our settings
     assert means(ssl="simclr")["5", "mkdt", "cifar10"] == "51.77"
-    assert means(objective="ssl", percent=5.0)["5", "mkdt", "cifar10"] == "29.04"      # Table 12
+    assert means(objective="ssl", percent=5.0)["5", "mkdt", "cifar10"] == "29.04"  # Table 12
     assert means(kind="resnet10") == {} == means(percent=3.0) == means(kind="convnet:64")
     assert means(representations="z.pt") == {} == means(objective="ce")
     hundred = settings(dataset="cifar100")
@@ -1691,7 +1940,9 @@ def test_the_papers_column_is_found_by_name_alone():
     assert tuned["100", "random:ssl", "cars"] == "28.75"
     assert evaluation.paper_means(argparse.Namespace(s=hundred), "convnet:128", "finetune") == {}
     larger = argparse.Namespace(s=settings(dataset="cifar100", percent=5.0))
-    assert evaluation.paper_means(larger, "resnet18", "linear")["5", "mkdt:1000", "cifar10"] == "46.10"
+    assert (
+        evaluation.paper_means(larger, "resnet18", "linear")["5", "mkdt:1000", "cifar10"] == "46.10"
+    )
 
 
 def test_a_cell_by_hand():
@@ -1708,13 +1959,17 @@ def test_paired_difference_by_hand():
     ours, theirs = {"2": 6.0, "1": 4.0, "0": 2.0}, {"0": 1.0, "1": 2.0, "2": 3.0, "7": 9.0}
     assert evaluation.paired_difference(ours, theirs) == f"+2.00 ± {1 / math.sqrt(3):.2f}"
     assert evaluation.paired_difference({"0": 1.0, "1": 3.0}, theirs) == "+0.50"
-    assert evaluation.paired_difference(ours, ours) == "" == evaluation.paired_difference({}, theirs)
+    assert (
+        evaluation.paired_difference(ours, ours) == "" == evaluation.paired_difference({}, theirs)
+    )
 
 
 # ---- The real commands, tiny -------------------------------------------------------------------
-TINY = ("--dataset shapes --train-images 200 --teacher-width 8 --teacher-epochs 1 --teacher-batch 64 "
-        "--width 4 --experts 2 --percent 5 --init high_loss --expert-epochs 2 --match-epochs 1 "
-        "--max-start-epoch 1 --syn-steps 2 --iterations 2 --pretrain-epochs 1").split()
+TINY = (
+    "--dataset shapes --train-images 200 --teacher-width 8 --teacher-epochs 1 --teacher-batch 64 "
+    "--width 4 --experts 2 --percent 5 --init high_loss --expert-epochs 2 --match-epochs 1 "
+    "--max-start-epoch 1 --syn-steps 2 --iterations 2 --pretrain-epochs 1"
+).split()
 SET = "5pct_high_loss"
 
 
@@ -1722,8 +1977,13 @@ def write_shapes(root):
     """data/shapes.npz with few test images, which each probe encodes."""
     images, labels = data.draw_shapes(400, 32, np.random.default_rng(0))
     (root / "data").mkdir()
-    np.savez(root / "data/shapes.npz", train_images=images[:300], train_labels=labels[:300],
-             test_images=images[300:], test_labels=labels[300:])
+    np.savez(
+        root / "data/shapes.npz",
+        train_images=images[:300],
+        train_labels=labels[:300],
+        test_images=images[300:],
+        test_labels=labels[300:],
+    )
 
 
 def at(root, to="run"):
@@ -1740,8 +2000,9 @@ def run(*arguments):
 
 def judge(root, *arguments, name=SET):
     """eval.py on a set of the run in `root`."""
-    evaluation.main([str(root / "run" / name), "--data-dir", str(root / "data"),
-                     *map(str, arguments)])
+    evaluation.main(
+        [str(root / "run" / name), "--data-dir", str(root / "data"), *map(str, arguments)]
+    )
 
 
 def refused(capsys, call, *arguments, **options):
@@ -1778,10 +2039,19 @@ def copied(finished, tmp_path):
 def test_all_stages_leave_what_readme_promises(finished):
     """Every file, with what it should hold."""
     folder, runs = finished / "run" / SET, finished / "run"
-    for name in ("teacher.pt", "representations.pt", "representations_test.pt", "config.json",
-                 "experts/expert_000.pt", f"{SET}/init.pt", f"{SET}/distilled.pt",
-                 f"{SET}/log.jsonl", f"{SET}/distilled.png", f"{SET}/results.csv",
-                 f"{SET}/config.json"):
+    for name in (
+        "teacher.pt",
+        "representations.pt",
+        "representations_test.pt",
+        "config.json",
+        "experts/expert_000.pt",
+        f"{SET}/init.pt",
+        f"{SET}/distilled.pt",
+        f"{SET}/log.jsonl",
+        f"{SET}/distilled.png",
+        f"{SET}/results.csv",
+        f"{SET}/config.json",
+    ):
         assert (runs / name).stat().st_size > 0, name
     d = data.load(folder / "distilled.pt")
     assert d["images"].shape == (10, 3, 32, 32) and d["targets"].shape == (10, 64)
@@ -1826,8 +2096,12 @@ def test_equation_2s_distance_is_that_of_the_encoder(finished):
 def test_nothing_finished_is_run_again(copied, monkeypatch):
     """The same command again trains nothing and changes no file of tensors."""
     before = {path: path.read_bytes() for path in copied.rglob("*.pt")}
-    for module, name in ((mkdt, "train_teacher"), (mkdt, "train_expert"), (mkdt, "distill"),
-                         (evaluation, "pretrain")):
+    for module, name in (
+        (mkdt, "train_teacher"),
+        (mkdt, "train_expert"),
+        (mkdt, "distill"),
+        (evaluation, "pretrain"),
+    ):
         monkeypatch.setattr(module, name, None)
     run(*at(copied), *TINY)
     assert before == {path: path.read_bytes() for path in copied.rglob("*.pt")}
@@ -1835,9 +2109,12 @@ def test_nothing_finished_is_run_again(copied, monkeypatch):
 
 def test_other_settings_are_refused_and_told(copied, capsys):
     """What differs, which files to delete, and --name only where that helps."""
-    for flag, value, told in (("--expert-lr", "0.3", "expert_lr 0.05 -> 0.3"),
-                              ("--teacher-epochs", "2", "teacher_epochs 1 -> 2"),
-                              ("--train-images", "100", "images "), ("--seed", "1", "seed 0 -> 1")):
+    for flag, value, told in (
+        ("--expert-lr", "0.3", "expert_lr 0.05 -> 0.3"),
+        ("--teacher-epochs", "2", "teacher_epochs 1 -> 2"),
+        ("--train-images", "100", "images "),
+        ("--seed", "1", "seed 0 -> 1"),
+    ):
         said = refused(capsys, run, *at(copied), *TINY, flag, value)
         assert told in said and "Give another --run-dir" in said and "--name" not in said
         assert "experts/*.pt" in said and "distill*.pt" in said
@@ -1846,7 +2123,9 @@ def test_other_settings_are_refused_and_told(copied, capsys):
     for stage in ("init", "distill"):
         run(*at(copied), *TINY, "--pixel-lr", "7", "--name", "slow", "--stage", stage)
     slow = data.load(copied / "run/slow/distilled.pt")
-    assert not torch.equal(slow["images"], data.load(copied / "run" / SET / "distilled.pt")["images"])
+    assert not torch.equal(
+        slow["images"], data.load(copied / "run" / SET / "distilled.pt")["images"]
+    )
 
 
 def test_results_without_an_entry_are_refused(copied, capsys):
@@ -1881,8 +2160,17 @@ def test_a_run_knows_its_images_by_their_contents(copied, tmp_path, capsys):
     shutil.copy(copied / "data/shapes.npz", copied / "elsewhere.npz")
     flags = [*TINY[2:], "--run-dir", copied / "run", "--teacher-lr", 6e-3, "--crop-scale", 0.6]
     given = mkdt.resolve("shapes", {})[0]
-    for name in ("grey", "max_pool", "standardize", "expert_lr", "expert_batch", "syn_lr",
-                 "syn_lr_lr", "pixel_lr", "syn_batch"):
+    for name in (
+        "grey",
+        "max_pool",
+        "standardize",
+        "expert_lr",
+        "expert_batch",
+        "syn_lr",
+        "syn_lr_lr",
+        "pixel_lr",
+        "syn_batch",
+    ):
         flags += [f"--{name.replace('_', '-')}", given[name]]
     run("--dataset", copied / "elsewhere.npz", *flags, "--image-size", 32, "--stage", "distill")
     (copied / "data/shapes.npz").rename(copied / "moved.npz")
@@ -1930,16 +2218,18 @@ def test_more_iterations_and_seeds_extend(copied, capsys):
     judge(copied, "--sets", "random", "mkdt", "--seeds", 0)
     assert "so computed again: mkdt" in capsys.readouterr().out
     kept = lines(copied)
-    assert len([x for x in kept if x["set"] == "mkdt"]) == 2   # of seed 0; those of the old set went
+    assert len([x for x in kept if x["set"] == "mkdt"]) == 2  # of seed 0; those of the old set went
     judge(copied, "--sets", "random", "mkdt", "--seeds", 0, 5, "--labels", 5)
-    assert len(lines(copied)) == len(kept) + 2 and lines(copied)[:len(kept)] == kept
+    assert len(lines(copied)) == len(kept) + 2 and lines(copied)[: len(kept)] == kept
     assert before <= {str(x) for x in lines(copied)}
 
 
 def test_snapshots_are_kept_every_thousand_iterations(copied, monkeypatch):
     """distilled_01000.pt, distilled_02000.pt: what mkdt:1000 evaluates."""
+
     def nothing(step, theta, target, images, lr, steps):
         return torch.ones(()), 0 * images, 0 * lr
+
     monkeypatch.setattr(mkdt, "matching_gradient", nothing)
     for stage in ("init", "distill"):
         run(*at(copied), *TINY, "--name", "long", "--iterations", "2001", "--stage", stage)
@@ -1975,15 +2265,35 @@ def test_representations_of_another_model(tmp_path, capsys):
     (tmp_path / "z.csv").write_text("1,2\n3,4\n")
     attached = torch.from_numpy(z).requires_grad_() * 1.0
     torch.save(attached, tmp_path / "z.pt")
-    run(*at(tmp_path, "attached"), *TINY, "--standardize", 0, "--stage", "teacher",
-        "--representations", tmp_path / "z.pt")
+    run(
+        *at(tmp_path, "attached"),
+        *TINY,
+        "--standardize",
+        0,
+        "--stage",
+        "teacher",
+        "--representations",
+        tmp_path / "z.pt",
+    )
     assert not data.load(tmp_path / "attached/representations.pt").requires_grad
     np.save(tmp_path / "small.npy", z / 1e5)
-    run(*at(tmp_path, "small"), *TINY, "--standardize", 0, "--stage", "teacher",
-        "--representations", tmp_path / "small.npy")
+    run(
+        *at(tmp_path, "small"),
+        *TINY,
+        "--standardize",
+        0,
+        "--stage",
+        "teacher",
+        "--representations",
+        tmp_path / "small.npy",
+    )
     assert "standard deviation is 9.78e-06" in capsys.readouterr().out
-    for bad, told in ((z[:100], "must be [200, d]"), (z * np.nan, "not all alike"),
-                      (np.ones_like(z), "not all alike"), (None, "z.csv is not a whole torch file")):
+    for bad, told in (
+        (z[:100], "must be [200, d]"),
+        (z * np.nan, "not all alike"),
+        (np.ones_like(z), "not all alike"),
+        (None, "z.csv is not a whole torch file"),
+    ):
         path = tmp_path / "z.csv"
         if bad is not None:
             path = tmp_path / "bad.npy"
@@ -1996,12 +2306,23 @@ def test_representations_of_another_model(tmp_path, capsys):
 def test_unlabelled_images_of_ones_own(tmp_path, capsys):
     """They are distilled, and the set is probed on another data set."""
     root = make_folder(tmp_path / "mine", classes=(), train=30, test=0)
-    run("--dataset", root, *at(tmp_path), *TINY[4:], "--percent", "20", "--ssl", "simclr",
-        "--teacher-batch", "10", "--init", "random")
+    run(
+        "--dataset",
+        root,
+        *at(tmp_path),
+        *TINY[4:],
+        "--percent",
+        "20",
+        "--ssl",
+        "simclr",
+        "--teacher-batch",
+        "10",
+        "--init",
+        "random",
+    )
     said = capsys.readouterr().out
     assert "mine cannot be probed without labels" in said and "without labels, 0 test" in said
-    assert "mine has no published settings: using those of cifar10 at 5%" in " ".join(said.split()) \
-        or "using those of cifar10" in said
+    assert "using those for cifar10" in said
     judge(tmp_path, "--tasks", "shapes", "--sets", "mkdt", "--seeds", 0, name="20pct_random")
     assert {x["task"] for x in lines(tmp_path, "20pct_random")} == {"shapes"}
 
@@ -2023,11 +2344,29 @@ def test_mtt_and_mtt_ssl_run_end_to_end(tmp_path, objective, capsys):
     assert "needs a teacher" in said
 
 
-def test_figure_1(copied):
+def test_figure_1(copied, monkeypatch):
     """Its systems are runs of their own; the panels hold what they say."""
-    run(*at(copied), *TINY[:10], "--stage", "figure1", "--width", "4", "--iterations", "2",
-        "--syn-steps", "2", "--match-epochs", "1", "--expert-epochs", "3", "--percent", "5",
-        "--syn-lr-lr", "1e-7")
+    monkeypatch.setattr(mkdt.gradient_noise, "__defaults__", (4,))  # batches
+    run(
+        *at(copied),
+        *TINY[:10],
+        "--stage",
+        "figure1",
+        "--width",
+        "4",
+        "--iterations",
+        "2",
+        "--syn-steps",
+        "2",
+        "--match-epochs",
+        "1",
+        "--expert-epochs",
+        "3",
+        "--percent",
+        "5",
+        "--syn-lr-lr",
+        "1e-7",
+    )
     root = copied / "run/figure1"
     with open(root / "figure1.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -2035,31 +2374,50 @@ def test_figure_1(copied):
     count = {}
     for row in rows:
         count[row["panel"]] = count.get(row["panel"], 0) + 1
-    assert count == {"gradient noise": 3 * 4, "trajectory variance": 3 * 3, "loss": 4 * 2,
-                     "moved": 4 * 2}
+    assert count == {
+        "gradient noise": 3 * 4,
+        "trajectory variance": 3 * 3,
+        "loss": 4 * 2,
+        "moved": 4 * 2,
+    }
     experts = [data.load(root / f"mtt/experts/expert_00{i}.pt") for i in range(5)]
-    assert torch.equal(experts[0][0], experts[1][0])           # they begin at one network
+    assert torch.equal(experts[0][0], experts[1][0])  # they begin at one network
     assert not torch.equal(experts[0][1], experts[1][1])
     at_the_end = torch.stack([expert[3] for expert in experts])
     expected = float(at_the_end.var(dim=0, correction=0).mean())
-    found = [float(row["y"]) for row in rows if row["panel"] == "trajectory variance"
-             and row["system"] == "mtt" and row["x"] == "3"]
+    found = [
+        float(row["y"])
+        for row in rows
+        if row["panel"] == "trajectory variance" and row["system"] == "mtt" and row["x"] == "3"
+    ]
     assert found == pytest.approx([expected], rel=1e-4)
 
 
 def test_figure_1_has_the_settings_of_appendix_a_2():
     """N, M, batches and rates of MTT and MTT-SSL; 100 iterations from epoch 0 at 1%."""
     common = mkdt.FIGURE_1_COMMON
-    assert (common["iterations"], common["max_start_epoch"], common["pixel_lr"],
-            common["percent"], common["same_start"]) == (100, 0, 1000, 1, 1)
-    for name, N, M, batch, lr, momentum, decay in (("mtt", 20, 4, 256, 0.01, 0, 0),
-                                                   ("mtt_ssl", 10, 2, 1024, 1e-3, 0.9, 1e-6),
-                                                   ("mtt_ssl_4096", 10, 2, 4096, 1e-3, 0.9, 1e-6)):
+    assert (
+        common["iterations"],
+        common["max_start_epoch"],
+        common["pixel_lr"],
+        common["percent"],
+        common["same_start"],
+    ) == (100, 0, 1000, 1, 1)
+    for name, N, M, batch, lr, momentum, decay in (
+        ("mtt", 20, 4, 256, 0.01, 0, 0),
+        ("mtt_ssl", 10, 2, 1024, 1e-3, 0.9, 1e-6),
+        ("mtt_ssl_4096", 10, 2, 4096, 1e-3, 0.9, 1e-6),
+    ):
         values, _ = mkdt.resolve("cifar100", {**common, **mkdt.FIGURE_1[name]})
-        assert (values["syn_steps"], values["match_epochs"], values["expert_batch"],
-                values["expert_lr"], values["expert_momentum"], values["expert_decay"]) == (
-            N, M, batch, lr, momentum, decay)
-        assert "clip" not in mkdt.FIGURE_1[name]               # one bound for all systems
+        assert (
+            values["syn_steps"],
+            values["match_epochs"],
+            values["expert_batch"],
+            values["expert_lr"],
+            values["expert_momentum"],
+            values["expert_decay"],
+        ) == (N, M, batch, lr, momentum, decay)
+        assert "clip" not in mkdt.FIGURE_1[name]  # one bound for all systems
 
 
 def test_baselines_sets_and_any_rate(copied, capsys):
@@ -2071,9 +2429,18 @@ def test_baselines_sets_and_any_rate(copied, capsys):
     data.save(copied / "dm/y_syn.pt", torch.arange(10))
     (copied / "sas.txt").write_text(" ".join(map(str, range(30, 130))))
     (copied / "few.txt").write_text("0 1 2")
-    sets = ["full", "krr_st:3:convnet_bn:4", "dm:2", "random:ssl:2", "mkdt@0.1", "random@0.3",
-            f"theirs=distilled:{copied}/theirs/x_syn.pt", f"hard=distilled:{copied}/dm/x_syn.pt",
-            f"sas=subset:{copied}/sas.txt", f"few=subset:{copied}/few.txt"]
+    sets = [
+        "full",
+        "krr_st:3:convnet_bn:4",
+        "dm:2",
+        "random:ssl:2",
+        "mkdt@0.1",
+        "random@0.3",
+        f"theirs=distilled:{copied}/theirs/x_syn.pt",
+        f"hard=distilled:{copied}/dm/x_syn.pt",
+        f"sas=subset:{copied}/sas.txt",
+        f"few=subset:{copied}/few.txt",
+    ]
     judge(copied, "--sets", *sets, "--seeds", 0, "--labels", 5)
     said = capsys.readouterr().out
     assert "sas: the first 10 of 100 indices" in said
@@ -2088,17 +2455,24 @@ def test_baselines_sets_and_any_rate(copied, capsys):
     assert made["images"].shape == (10, 3, 32, 32) and made["targets"].shape == (10, 64)
     d = data.load_dataset("shapes", copied / "data", train_images=200)
     chosen = torch.randperm(200, generator=models.stream(0, "krr_st", "images"))[:10]
-    raw = d.train_images[chosen].float() / 255                 # it begins as raw pixels
+    raw = d.train_images[chosen].float() / 255  # it begins as raw pixels
     assert (made["images"] - raw).abs().max() < 0.01
     chosen = torch.randperm(200, generator=models.stream(0, "dm", "images"))[:10]
-    made = data.load(copied / "run" / SET / "dm_2_convnet_bn.pt")
+    made = data.load(copied / "run" / SET / "dm_2.pt")
     start = d.normalize(d.train_images[chosen])
     assert (made["images"] - start).abs().mean() < (made["images"] - start.flip(0)).abs().mean()
 
 
 def opened_sets(root, *flags):
     """The Sets of the finished run."""
-    arguments = [str(root / "run" / SET), "--data-dir", str(root / "data"), "--device", "cpu", *flags]
+    arguments = [
+        str(root / "run" / SET),
+        "--data-dir",
+        str(root / "data"),
+        "--device",
+        "cpu",
+        *flags,
+    ]
     args = evaluation.parse(arguments)
     args.device = torch.device("cpu")
     return evaluation.Sets(evaluation.open_run(args))
@@ -2114,10 +2488,11 @@ def test_sets_are_what_they_are_called(copied):
 
     def get(text, seed=0):
         return sets.get(evaluation.parse_set(text), seed)
+
     theirs = get(f"distilled:{copied}/x_syn.pt")
     assert torch.equal(theirs.images, data.load(copied / "x_syn.pt"))
     examples = models.Examples(theirs.images, theirs.targets, sets.run.data, sets.run.s)
-    assert torch.equal(examples(torch.arange(10), None)[0], theirs.images)     # not normalised again
+    assert torch.equal(examples(torch.arange(10), None)[0], theirs.images)  # not normalised again
     order = data.load(copied / "run" / SET / "init.pt")["order"]
     assert torch.equal(get("high_loss").images, real[order[:10]])
     assert torch.equal(get("high_loss").targets, z[order[:10]])
@@ -2132,16 +2507,24 @@ def test_sets_are_what_they_are_called(copied):
 
 def test_results_are_computed_again_when_a_file_changes(copied, capsys):
     """Another content under the same name, of a set or of a task, gives new numbers."""
+
     def write_task(seed):
         images, labels = data.draw_shapes(60, 32, np.random.default_rng(seed))
-        np.savez(copied / "task.npz", train_images=images[:40], train_labels=labels[:40],
-                 test_images=images[40:], test_labels=labels[40:])
+        np.savez(
+            copied / "task.npz",
+            train_images=images[:40],
+            train_labels=labels[:40],
+            test_images=images[40:],
+            test_labels=labels[40:],
+        )
 
     def computed(*flags):
         capsys.readouterr()
-        judge(copied, "--sets", f"mine=subset:{copied}/list.txt", "--seeds", 0, "--labels", 50,
-              *flags)
+        judge(
+            copied, "--sets", f"mine=subset:{copied}/list.txt", "--seeds", 0, "--labels", 50, *flags
+        )
         return len(re.findall(r"^eval +\d", capsys.readouterr().out, re.MULTILINE))
+
     (copied / "list.txt").write_text("0 1 2 3 4 5 6 7 8 9")
     write_task(3)
     task = "--tasks", copied / "task.npz"
@@ -2161,6 +2544,7 @@ def test_krr_sts_targets_are_recomputed_on_augmented_images(copied, monkeypatch)
         seen.append(real(0))
         seen.append(real(1))
         return images, targets
+
     monkeypatch.setattr(evaluation, "krr_st", spy)
     judge(copied, "--sets", "krr_st:2", "--seeds", 0, "--labels", 5)
     s = settings(teacher_width=8, max_pool=1, standardize=1)
@@ -2177,17 +2561,54 @@ def test_krr_sts_targets_are_recomputed_on_augmented_images(copied, monkeypatch)
 def test_encoders_tasks_and_protocols_of_the_paper(copied, capsys, monkeypatch):
     """Several encoders and tasks in one command; fine-tuning by its own encoder."""
     images, labels = data.draw_shapes(60, 32, np.random.default_rng(3))
-    np.savez(copied / "other.npz", train_images=images[:40], train_labels=labels[:40],
-             test_images=images[40:], test_labels=labels[40:])
-    judge(copied, "--tasks", "shapes", copied / "other.npz", "cars", "--sets", "none", "mkdt",
-          "--seeds", 0, 1, "--labels", 10, "--encoders", "convnet:4", "resnet10:8",
-          "torchvision:mobilenet_v3_small", "--paired", "none")
+    np.savez(
+        copied / "other.npz",
+        train_images=images[:40],
+        train_labels=labels[:40],
+        test_images=images[40:],
+        test_labels=labels[40:],
+    )
+    judge(
+        copied,
+        "--tasks",
+        "shapes",
+        copied / "other.npz",
+        "cars",
+        "--sets",
+        "none",
+        "mkdt",
+        "--seeds",
+        0,
+        1,
+        "--labels",
+        10,
+        "--encoders",
+        "convnet:4",
+        "resnet10:8",
+        "torchvision:mobilenet_v3_small",
+        "--paired",
+        "none",
+    )
     said = capsys.readouterr().out
     assert "left out: cannot read cars" in said
     assert said.count("| shapes | none - row | other | none - row | MSE |") == 3
     monkeypatch.setattr(evaluation, "FINETUNE_STEPS", {"shapes": 2})
-    judge(copied, "--protocol", "finetune", "--sets", "none", "mkdt", "--seeds", 0, "--labels", 5,
-          "--epochs", 2, "--encoders", "convnet_bn:4")
+    judge(
+        copied,
+        "--protocol",
+        "finetune",
+        "--sets",
+        "none",
+        "mkdt",
+        "--seeds",
+        0,
+        "--labels",
+        5,
+        "--epochs",
+        2,
+        "--encoders",
+        "convnet_bn:4",
+    )
     assert "convnet_bn:4, finetune, 2 epochs" in capsys.readouterr().out
 
 
@@ -2210,8 +2631,12 @@ def test_what_fails_costs_its_own_cells_only(copied, capsys, monkeypatch):
 
     def out_of_memory(*arguments):
         raise torch.OutOfMemoryError("out of memory")
-    monkeypatch.setitem(evaluation.PROTOCOLS, "linear",
-                        evaluation.PROTOCOLS["linear"]._replace(scores=out_of_memory))
+
+    monkeypatch.setitem(
+        evaluation.PROTOCOLS,
+        "linear",
+        evaluation.PROTOCOLS["linear"]._replace(scores=out_of_memory),
+    )
     said = refused(capsys, judge, copied, "--sets", "random", "--seeds", 9)
     assert "no cell of the table could be computed" in said
 
@@ -2243,23 +2668,39 @@ def test_one_place_to_change(tmp_path, capsys):
     before = [dict(table) for table in tables]
     try:
         exec(code, {**vars(models), **vars(mkdt)})
-        run(*at(tmp_path), *TINY, "--ssl", "vicreg", "--objective", "cosine", "--student", "mlp",
-            "--init", "kmeans", "--width", "16")
+        run(
+            *at(tmp_path),
+            *TINY,
+            "--ssl",
+            "spectral",
+            "--objective",
+            "cosine",
+            "--student",
+            "mlp",
+            "--init",
+            "extremes",
+            "--width",
+            "16",
+        )
         check_own_ideas(tmp_path)
     finally:
         for table, kept in zip(tables, before):
             table.clear()
             table.update(kept)
-    for flag, value in (("--ssl", "moco"), ("--objective", "l1"), ("--init", "best"),
-                        ("--student", "vit")):
+    for flag, value in (
+        ("--ssl", "moco"),
+        ("--objective", "l1"),
+        ("--init", "best"),
+        ("--student", "vit"),
+    ):
         assert value in refused(capsys, run, *at(tmp_path, value), *TINY, flag, value)
     said = refused(capsys, run, *at(tmp_path, "bn"), *TINY, "--student", "resnet10")
-    assert "batch norm" in said and not (tmp_path / "bn").exists()         # before the teacher
+    assert "batch norm" in said and not (tmp_path / "bn").exists()  # before the teacher
 
 
 def check_own_ideas(root):
     """The student, the objective and the start of README reach every stage."""
-    name = "5pct_kmeans"
+    name = "5pct_extremes"
     assert {x["how"] for x in lines(root, name)} == {"mlp:16, linear, 1 epochs"}
     z = data.load(root / "run/representations.pt")
     net = models.build(lambda: models.encoder("mlp:16", 64, 32), 0, "evaluation encoder")
@@ -2268,7 +2709,7 @@ def check_own_ideas(root):
     known = data.load(root / "run/representations_test.pt")
     distance = (1 - F.cosine_similarity(out, known)).mean().item()
     mse = [float(x["mse"]) for x in lines(root, name) if x["set"] == "none" and x["seed"] == "0"]
-    assert mse[0] == pytest.approx(distance, rel=1e-4)         # Eq. 2 follows the objective
+    assert mse[0] == pytest.approx(distance, rel=1e-4)  # Eq. 2 follows the objective
     some = data.load_dataset("shapes", root / "data", train_images=200)
     x = some.normalize(some.train_images)
     f = models.functional(net)
@@ -2283,32 +2724,44 @@ def check_own_ideas(root):
 # ---- Trust -------------------------------------------------------------------------------------
 def test_bad_flags_are_one_clear_line(copied, capsys):
     """Exit code 2, the flag and what it must be, before anything is computed."""
-    for flags, told in ((["--dataset", "nothing"], "unknown data set 'nothing'"),
-                        (["--percent", "0.1"], "of 200 images is 0"),
-                        (["--percent", "101"], "at most 100"), (["--syn-lr", "nan"], "finite"),
-                        (["--expert-lr", "-1"], "--expert-lr -1.0 must be"),
-                        (["--iterations", "0"], "at least 1"), (["--device", "tpu"], "--device tpu"),
-                        (["--teacher-batch", "1"], "at least 2"), (["--name", "a/b"], "--name a/b"),
-                        (["--crop-scale", "1.5"], "at most 1"), (["--ssl", "x"], "choose from"),
-                        (["--max-start-epoch", "5"], "beyond the experts' last epoch"),
-                        (["--image-size", "7"], "--image-size 7: it must be at least 8"),
-                        (["--objective", "ce", "--run-dir", str(copied / "ce")], "needs a teacher"),
-                        (["--run-dir", str(copied / "run/teacher.pt")], "cannot write")):
+    for flags, told in (
+        (["--dataset", "nothing"], "unknown data set 'nothing'"),
+        (["--percent", "0.1"], "of 200 images is 0"),
+        (["--percent", "101"], "at most 100"),
+        (["--syn-lr", "nan"], "finite"),
+        (["--expert-lr", "-1"], "--expert-lr -1.0 must be"),
+        (["--iterations", "0"], "at least 1"),
+        (["--device", "tpu"], "--device tpu"),
+        (["--teacher-batch", "1"], "at least 2"),
+        (["--name", "a/b"], "--name a/b"),
+        (["--crop-scale", "1.5"], "at most 1"),
+        (["--ssl", "x"], "choose from"),
+        (["--max-start-epoch", "5"], "beyond the experts' last epoch"),
+        (["--image-size", "7"], "--image-size 7: it must be at least 8"),
+        (["--objective", "ce", "--run-dir", str(copied / "ce")], "needs a teacher"),
+        (["--run-dir", str(copied / "run/teacher.pt")], "cannot write"),
+    ):
         assert told in refused(capsys, run, *at(copied), *TINY, *flags), flags
-    for flags, told in ((["--sets", "moco"], "unknown set 'moco'"), (["--epochs", "-3"], "--epochs -3"),
-                        (["--tasks", "x"], "no task with"), (["--encoders", "vgg"], "unknown enc"),
-                        (["--labels", "inf"], "--labels inf"), (["--labels", "0.01"], "no task with"),
-                        (["--paired", "full"], "--paired full is not one of the sets"),
-                        (["--sets", "distilled:none.pt"], "none.pt does not exist"),
-                        (["--sets", "mkdt:7"], "distilled_00007.pt does not exist")):
+    for flags, told in (
+        (["--sets", "moco"], "unknown set 'moco'"),
+        (["--epochs", "-3"], "--epochs -3"),
+        (["--tasks", "x"], "no task with"),
+        (["--encoders", "vgg"], "unknown enc"),
+        (["--labels", "inf"], "--labels inf"),
+        (["--labels", "0.01"], "no task with"),
+        (["--paired", "full"], "--paired full is not one of the sets"),
+        (["--sets", "distilled:none.pt"], "none.pt does not exist"),
+        (["--sets", "mkdt:7"], "distilled_00007.pt does not exist"),
+    ):
         assert told in refused(capsys, judge, copied, "--seeds", 9, *flags), flags
 
 
 def test_a_set_without_its_run_is_one_line(copied, capsys):
     """Its folder copied away, or another folder altogether."""
     shutil.copytree(copied / "run" / SET, copied / "away")
-    said = refused(capsys, evaluation.main, [str(copied / "away"), "--data-dir",
-                                             str(copied / "data")])
+    said = refused(
+        capsys, evaluation.main, [str(copied / "away"), "--data-dir", str(copied / "data")]
+    )
     assert "representations.pt does not exist" in said
     said = refused(capsys, evaluation.main, [str(copied)])
     assert "describes no distilled set" in said
@@ -2332,19 +2785,50 @@ def test_files_that_cannot_be_used_are_named_and_nothing_is_lost(copied, capsys)
 
 def command(script, *arguments, **environment):
     """A process of its own."""
-    return subprocess.Popen([sys.executable, script, *map(str, arguments)], cwd=FOLDER, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            env={**os.environ, **environment}, errors="replace")
+    return subprocess.Popen(
+        [sys.executable, script, *map(str, arguments)],
+        cwd=FOLDER,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment},
+        errors="replace",
+    )
 
 
 def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
     """SIGKILL at a random moment of each stage, and the same command: the same bits."""
     images, labels = data.draw_shapes(440, 16, np.random.default_rng(0))
-    np.savez(tmp_path / "x.npz", train_images=images[:400], train_labels=labels[:400],
-             test_images=images[400:], test_labels=labels[400:])
-    flags = ["--dataset", tmp_path / "x.npz", *TINY[4:], "--train-images", 100,
-             "--teacher-epochs", 6, "--teacher-batch", 20, "--expert-epochs", 8, "--experts", 4,
-             "--iterations", 20, "--checkpoint-minutes", 1e-4, "--percent", 10, "--log-seconds", 0]
+    np.savez(
+        tmp_path / "x.npz",
+        train_images=images[:400],
+        train_labels=labels[:400],
+        test_images=images[400:],
+        test_labels=labels[400:],
+    )
+    flags = [
+        "--dataset",
+        tmp_path / "x.npz",
+        *TINY[4:],
+        "--train-images",
+        100,
+        "--teacher-epochs",
+        6,
+        "--teacher-batch",
+        20,
+        "--expert-epochs",
+        8,
+        "--experts",
+        4,
+        "--iterations",
+        20,
+        "--checkpoint-minutes",
+        1e-4,
+        "--percent",
+        10,
+        "--log-seconds",
+        0,
+    ]
     whole = command("mkdt.py", "--run-dir", tmp_path / "run", *flags, PYTHONIOENCODING="cp1252")
     said = whole.communicate()[0]
     assert whole.returncode == 0, said
@@ -2365,7 +2849,9 @@ def test_killed_at_any_moment_it_goes_on_as_if_nothing_had_happened(tmp_path):
         one = data.load(path)
         other = data.load(tmp_path / "killed" / path.relative_to(tmp_path / "run"))
         assert leaves(one) == leaves(other), path
-    results = [(tmp_path / f / "10pct_high_loss/results.csv").read_text() for f in ("run", "killed")]
+    results = [
+        (tmp_path / f / "10pct_high_loss/results.csv").read_text() for f in ("run", "killed")
+    ]
     assert sorted(results[0].split()) == sorted(results[1].split())
     assert len(results[0].splitlines()) == 2 * 3 * 8 + 1
 
@@ -2397,8 +2883,9 @@ def ssl_gradient(loss_of, z, rank=0, ranks=1):
 def shared_loss(rank, folder):
     """What each of two processes does: its share of the batch, and the result to a file."""
     data.RANK, data.RANKS = rank, 2
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank,
-                                         world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2
+    )
     z = torch.randn(16, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     made = {}
     for name in ("barlow", "simclr"):
@@ -2418,20 +2905,39 @@ def test_two_ranks_have_the_self_supervised_gradient_of_the_whole_batch(tmp_path
 
 def test_two_ranks_make_a_run_that_one_goes_on_with(tmp_path, capsys):
     """Rank 0 alone speaks, the experts are those of one process, and one process can go on."""
-    two = command("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "mkdt.py",
-                  *at(tmp_path), *TINY, "--device", "cpu", OMP_NUM_THREADS="1")
+    two = command(
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        2,
+        "mkdt.py",
+        *at(tmp_path),
+        *TINY,
+        "--device",
+        "cpu",
+        OMP_NUM_THREADS="1",
+    )
     said = two.communicate(timeout=200)[0]
     assert two.returncode == 0, said
     assert said.count("distill:") == 1 and "| mkdt |" in said
     assert len(lines(tmp_path)) == 2 * 3 * 8
-    assert not list((tmp_path / "run" / SET).glob("results_*.csv"))        # they have been joined
+    assert not list((tmp_path / "run" / SET).glob("results_*.csv"))  # they have been joined
     run(*at(tmp_path), *TINY)
-    assert "eval          1/" not in capsys.readouterr().out   # nothing was left to do
+    assert "eval          1/" not in capsys.readouterr().out  # nothing was left to do
     z = tmp_path / "run/representations.pt"
-    torch.set_num_threads(1)                       # as the ranks have: threads change the rounding
+    torch.set_num_threads(1)  # as the ranks have: threads change the rounding
     for stage in ("teacher", "experts"):
-        run(*at(tmp_path, "one"), *TINY, "--stage", stage, "--representations", z,
-            "--standardize", 0)
+        run(
+            *at(tmp_path, "one"),
+            *TINY,
+            "--stage",
+            stage,
+            "--representations",
+            z,
+            "--standardize",
+            0,
+        )
     torch.set_num_threads(2)
     for name in ("experts/expert_000.pt", "experts/expert_001.pt"):
         one, other = (data.load(tmp_path / f / name) for f in ("run", "one"))
@@ -2459,33 +2965,68 @@ def test_help_lists_each_flag_with_the_default_that_is_used(capsys):
 
 def test_settings_are_those_of_appendix_a():
     """A.1's teacher, experts, distillation and evaluation; Tables 8 and 9."""
-    paper = dict(ssl="barlow", teacher_batch=256, teacher_lr=0.01, teacher_decay=1e-6, lambd=1 / 128,
-                 teacher_width=64, temperature=0.5, crop_scale=0.08, grey=0.2, expert_lr=0.1,
-                 expert_momentum=0.9, expert_decay=1e-4, expert_batch=256, experts=100, syn_batch=256,
-                 syn_lr=0.1, syn_lr_lr=1e-4, syn_momentum=0.5, iterations=5000, pretrain_epochs=20,
-                 pretrain_batch=256, pretrain_lr=0.1, width=128, init="high_loss", percent=2.0)
+    paper = dict(
+        ssl="barlow",
+        teacher_batch=256,
+        teacher_lr=0.01,
+        teacher_decay=1e-6,
+        lambd=1 / 128,
+        teacher_width=64,
+        temperature=0.5,
+        crop_scale=0.08,
+        grey=0.2,
+        expert_lr=0.1,
+        expert_momentum=0.9,
+        expert_decay=1e-4,
+        expert_batch=256,
+        experts=100,
+        syn_batch=256,
+        syn_lr=0.1,
+        syn_lr_lr=1e-4,
+        syn_momentum=0.5,
+        iterations=5000,
+        pretrain_epochs=20,
+        pretrain_batch=256,
+        pretrain_lr=0.1,
+        width=128,
+        init="high_loss",
+        percent=2.0,
+    )
     values, _ = mkdt.resolve("cifar10", {})
     assert {name: values[name] for name in paper} == paper
     for (dataset, percent), row in {
-            ("cifar10", 2): (40, 2, 5, 1e3), ("cifar100", 2): (40, 2, 2, 1e3),
-            ("tinyimagenet", 2): (10, 2, 2, 1e5), ("cifar10", 5): (40, 2, 5, 1e4),
-            ("cifar100", 5): (40, 2, 5, 1e4), ("tinyimagenet", 5): (10, 2, 2, 1e5)}.items():
+        ("cifar10", 2): (40, 2, 5, 1e3),
+        ("cifar100", 2): (40, 2, 2, 1e3),
+        ("tinyimagenet", 2): (10, 2, 2, 1e5),
+        ("cifar10", 5): (40, 2, 5, 1e4),
+        ("cifar100", 5): (40, 2, 5, 1e4),
+        ("tinyimagenet", 5): (10, 2, 2, 1e5),
+    }.items():
         s, notes = mkdt.resolve(dataset, {"percent": float(percent)})
         assert row == (s["syn_steps"], s["match_epochs"], s["max_start_epoch"], s["pixel_lr"])
         assert s["max_start_epoch"] + s["match_epochs"] <= s["expert_epochs"] and not notes
     tiny, _ = mkdt.resolve("tinyimagenet", {})
-    assert (tiny["lambd"], tiny["crop_scale"], tiny["grey"], tiny["max_pool"]) == (1 / 1024, 0.2, 0.1, 1)
+    assert (tiny["lambd"], tiny["crop_scale"], tiny["grey"], tiny["max_pool"]) == (
+        1 / 1024,
+        0.2,
+        0.1,
+        1,
+    )
     simclr, _ = mkdt.resolve("cifar10", {"ssl": "simclr"})
-    assert (simclr["teacher_batch"], simclr["teacher_lr"], simclr["teacher_epochs"]) == (512, 1e-3, 400)
+    assert (simclr["teacher_batch"], simclr["teacher_lr"], simclr["teacher_epochs"]) == (
+        512,
+        1e-3,
+        400,
+    )
 
 
 def test_what_is_chosen_for_the_user_is_said():
     """A percentage without a row, and a data set without settings."""
     _, notes = mkdt.resolve("cifar10", {"percent": 1.0})
-    assert notes == ["there are no published settings for 1% of cifar10: using those of 2%"]
+    assert notes == ["there are no settings for 1% of cifar10: using those for 2%"]
     for size, known in ((32, "cifar10"), (63, "cifar10"), (64, "tinyimagenet")):
         values, notes = mkdt.resolve("pets", {}, size)
-        assert notes == [f"pets has no published settings: using those of {known} at 2%"]
+        assert notes == [f"there are no settings for pets: using those for {known} at 2%"]
         assert values["syn_steps"] == (40 if known == "cifar10" else 10)
 
 
@@ -2550,8 +3091,14 @@ def test_the_matching_gradient_on_a_gpu():
     exact = differentiated(loss, theta, target, images, lr, steps)
     network = models.build(tiny_convnet, 0, "test").double().cuda()
     on_gpu = [(batch.cuda(), y.cuda()) for batch, y in steps]
-    result = mkdt.matching_gradient(mkdt.InnerStep(loss_of_theta(network)), theta.cuda(),
-                                    target.cuda(), images.cuda(), lr.cuda(), on_gpu)
+    result = mkdt.matching_gradient(
+        mkdt.InnerStep(loss_of_theta(network)),
+        theta.cuda(),
+        target.cuda(),
+        images.cuda(),
+        lr.cuda(),
+        on_gpu,
+    )
     for a, b in zip(result, exact):
         assert relative(a.cpu(), b) < 1e-9
 
