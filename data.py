@@ -6,6 +6,7 @@
 
 A data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images [N, H, H, 3],
 integer train_labels, test_labels [N]. Where that file lies, nothing is downloaded or decoded."""
+import argparse
 import contextlib
 import ctypes
 import datetime
@@ -221,6 +222,20 @@ def start(device):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=7))
     return device
+
+def add_common_flags(parser):
+    """The flags that mkdt.py and eval.py have in common."""
+    add = parser.add_argument
+    add("--data-dir", default="data", help="where data sets are kept (default: data)")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    add("--compile", action=argparse.BooleanOptionalAction, default=None,
+        help="compile students (default: on GPUs, and for students of width 32 and more)")
+
+def compile_pays(args, width):
+    """Whether to compile students: narrow ones on a CPU cost more than they save."""
+    if args.compile is not None:
+        return args.compile
+    return args.device.type == "cuda" or width >= 32
 
 def keep_freed_memory():
     """Has glibc keep freed blocks for the next step. By itself it gives large ones back to the

@@ -24,9 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import (RANK, RANKS, Diverged, InputError, Log, Progress, barrier, checksum, command_line,
-                  first_line, load, load_dataset, rank_0_first, save, save_text, share,
-                  shift_and_flip, start)
+from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_flags, barrier,
+                  checksum, command_line, compile_pays, first_line, load, load_dataset,
+                  rank_0_first, save, save_text, share, shift_and_flip, start)
 from models import (OBJECTIVES, SSL, Compiled, Examples, Run, augmentations_of_normalized, batches,
                     build, encode, encoder, mean_loss, read_config, set_learning_rate, stream,
                     student_name, teacher_network, two_projections)
@@ -274,11 +274,11 @@ SETS = {
     "random": (r"|ssl|ssl:[1-9]\d*", "as many real images as the distilled set has, redrawn for "
                "each seed; random:ssl by the teacher's loss for 1000 epochs; random:ssl:80 for 80"),
     "subset": (".+", "subset:FILE, the first of a list of training images: .pkl, .npy or .txt"),
-    "high_loss": ("", "as many, those of the highest loss (section 4.2)"),
+    "high_loss": ("", "as many real images, those of the highest loss (section 4.2)"),
     "initial": ("", "the images that distillation began with"),
     "krr_st": (r"|[1-9]\d*(:.+)?", "KRR-ST's, distilled here in 160000 steps; krr_st:1000 in 1000; "
                "krr_st:1000:convnet with a pool of another encoder than convnet_bn"),
-    "dm": (r"|[1-9]\d*", "DM's without labels, distilled here likewise in 20000 steps"),
+    "dm": (r"|[1-9]\d*", "DM's without labels, distilled here in 20000 steps; dm:500 in 500"),
     "distilled": (".+", "distilled:PATH, a set of this project or of the code of MKDT, KRR-ST, MTT "
                   "or DATM"),
     "mkdt": (r"|[1-9]\d*", "the run's distilled set; mkdt:1000 after 1000 iterations"),
@@ -796,27 +796,13 @@ def paper_means(run, kind, protocol):
     return paper_table().get((s.dataset, f"{s.percent:g}", teacher, kind), {})
 
 # ---- Command line -----------------------------------------------------------------------------
-def add_common_flags(parser):
-    """The flags that mkdt.py and eval.py have in common."""
-    add = parser.add_argument
-    add("--data-dir", default="data", help="where data sets are kept (default: data)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="compile students (default: on GPUs, and for students of width 32 and more)")
-
-def compile_pays(args, width):
-    """Whether to compile students: narrow ones on a CPU cost more than they save."""
-    if args.compile is not None:
-        return args.compile
-    return args.device.type == "cuda" or width >= 32
-
 def parse(argv=None):
     """The arguments of a command line."""
     sets = [textwrap.fill(what, 96, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
             for name, (_, what) in SETS.items()]
-    epilog = "\n".join(["sets:", *sets, "", "A set may have a name, which is printed and finds the",
-                        "paper's value: sas=subset:sas.pkl; and a learning rate of pre-training:",
-                        "random@0.3, or random@mkdt, the learned one."])
+    epilog = "\n".join(["sets:", *sets, "", "A set may be given a name, sas=subset:sas.pkl, by",
+                        "which the paper's means are found, and a learning rate for pre-training:",
+                        "random@0.3, or random@mkdt for the learned one."])
     parser = argparse.ArgumentParser(
         usage="python eval.py SET_DIR [--sets SET ...] [--tasks DATASET ...] [...]", epilog=epilog,
         description=__doc__, allow_abbrev=False,
@@ -828,7 +814,7 @@ def parse(argv=None):
     add("--tasks", nargs="+", metavar="DATASET",
         help="what to probe on; all: the seven of Table 1 (default: the run's own data set)")
     add("--labels", nargs="+", type=float, metavar="PERCENT",
-        help="shares of the labels (default: 1 5; finetune: 100)")
+        help="percentages of the labels (default: 1 5; finetune: 100)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--encoders", nargs="+", metavar="NAME",
         help="of models.ENCODERS, as resnet18 or resnet18:16, or torchvision:vgg11_bn (default: "
@@ -838,7 +824,7 @@ def parse(argv=None):
     add("--paired", nargs="?", const="mkdt", metavar="SET",
         help="add the paired differences of SET and each row (if none is named: mkdt)")
     add("--epochs", type=int, help="of pre-training (default: the run's own; finetune: 1000)")
-    add("--dataset", help="where the run's images lie now (default: where they lay)")
+    add("--dataset", help="where the run's images are now (default: where they were)")
     add_common_flags(parser)
     return parser.parse_args(argv)
 

@@ -31,10 +31,10 @@ import numpy as np
 import torch
 from torchvision.utils import make_grid, save_image
 
-from data import (RANK, RANKS, Diverged, InputError, Log, Progress, barrier, checksum, command_line,
-                  first_line, load, load_dataset, rows_of_all_ranks, save, save_text, share, start,
-                  sum_over_ranks, whole_file)
-from eval import add_common_flags, compile_pays, evaluate, linear_scores
+from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_flags, barrier,
+                  checksum, command_line, compile_pays, first_line, load, load_dataset,
+                  rows_of_all_ranks, save, save_text, share, start, sum_over_ranks, whole_file)
+from eval import evaluate, linear_scores
 from models import (OBJECTIVES, SSL, Compiled, Examples, Run, batches, build, encode, encoder,
                     flat_parameters, functional, mean_loss, read_config, set_learning_rate, stream,
                     student_name, teacher_network, two_projections)
@@ -273,38 +273,39 @@ class Setting(NamedTuple):
 
 SETTINGS = {
     "teacher": {
-        "train_images": Setting(0, "use so many training images, drawn at random; 0: all"),
-        "image_size": Setting(0, "side in pixels to squash images to; 0: their own (folders: 32)"),
-        "representations": Setting("", "file .pt or .npy [n, d] of any other model: no teacher"),
+        "train_images": Setting(0, "use only this many training images, drawn at random; 0: all"),
+        "image_size": Setting(0, "side in pixels to resize images to; 0: their own (folders: 32)"),
+        "representations": Setting("", "a .pt or .npy file [n, d] from any model, not a teacher"),
         "ssl": Setting("barlow", "self-supervised loss", choices=SSL),
-        "teacher_width": Setting(64, "channels of the ResNet-18, whose last stage has 8 x more", 1),
+        "teacher_width": Setting(64, "channels of the ResNet-18; 8 x as many in its last stage", 1),
         "teacher_epochs": Setting(1000, "epochs of self-supervised training (simclr: 400)", 1),
         "teacher_batch": Setting(256, "images a step, two views of each (simclr: 512)", 2),
         "teacher_lr": Setting(0.01, "peak learning rate of Adam (simclr: 0.001, constant)"),
         "teacher_decay": Setting(1e-6, "weight decay of Adam"),
-        "lambd": Setting(1 / 128, "weight of Eq. 1's off-diagonal terms", only=("ssl", "barlow")),
+        "lambd": Setting(1 / 128, "lambda, the weight of Eq. 1's off-diagonal terms",
+                         only=("ssl", "barlow")),
         "temperature": Setting(0.5, "temperature of SimCLR's loss", 1e-6, only=("ssl", "simclr")),
         "crop_scale": Setting(0.08, "smallest share of an image that a random crop keeps", 1e-6, 1),
         "grey": Setting(0.2, "probability that a view is made grey", 0, 1),
         "max_pool": Setting(0, "1: the teacher's stem ends in max-pooling (TinyImageNet)", 0, 1),
-        "standardize": Setting(0, "1: the teacher ends in batch norm, so all of Z_T counts", 0, 1),
+        "standardize": Setting(0, "1: the teacher ends in batch norm (as for shapes)", 0, 1),
         "bf16": Setting("auto", "the teacher in bfloat16", choices=("auto", "on", "off")),
     },
     "experts": {
         "objective": Setting("mse", "what students minimise (ce: MTT's)", choices=OBJECTIVES),
         "student": Setting("convnet", "the student, a name in models.ENCODERS"),
         "width": Setting(128, "channels of the student", 1),
-        "expert_epochs": Setting(7, "epochs of expert training: none after T+ + M is ever read", 1),
+        "expert_epochs": Setting(7, "epochs of training; none after T+ + M is ever read", 1),
         "expert_lr": Setting(0.1, "learning rate of SGD"),
         "expert_momentum": Setting(0.9, "momentum of SGD"),
         "expert_decay": Setting(1e-4, "weight decay of SGD"),
         "expert_batch": Setting(256, "images a step", 1),
-        "same_start": Setting(0, "1: all experts begin at one network (Figure 1)", 0, 1),
+        "same_start": Setting(0, "1: all experts begin with the same weights (Figure 1)", 0, 1),
     },
     "init": {
         "experts": Setting(100, "K, the number of expert trajectories; may be raised later", 1),
         "init": Setting("high_loss", "the initial images", choices=STARTS),
-        "percent": Setting(2.0, "size of the distilled set, of the training images", 0, 100),
+        "percent": Setting(2.0, "size of the distilled set, as a share of the images", 0, 100),
     },
     "distill": {
         "syn_steps": Setting(40, "N, steps on the distilled set in an iteration", 1),
@@ -627,9 +628,11 @@ def draw_plot(path, xlabel, panels, log=()):
         print(f"no {path.name}: it takes matplotlib (pip install matplotlib)")
         return
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    colours = {}                           # one for each line, in all panels
     for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
         for name, points in lines.items():
-            axes.plot(*zip(*points), label=name)
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            axes.plot(*zip(*points), label=name, color=colour)
         axes.set(title=panel, xlabel=xlabel, yscale="log" if panel in log else "linear")
         axes.legend(fontsize="small")
     with whole_file(path) as file:
