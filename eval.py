@@ -700,9 +700,11 @@ def print_table(table, lines):
                    and line["set"] in [name.name for name in table.names]]
             rows += table_rows(table, own, f"{percent:g}", paper)
         if not rows:
-            raise InputError("no cell of the table could be computed: see the lines above")
+            continue                       # the lines above say why
         text += [f"## {table.run.data.name}, {table.run.s.percent:g}% distilled: {table.how(kind)}",
                  "", f"| {' | '.join(head)} | MSE |", "|---" * (len(head) + 1) + "|", *rows, ""]
+    if not text:
+        raise InputError("no cell of the table could be computed: see the lines above")
     text.append("Percent correct: mean ± standard deviation over seeds; best but full in bold.")
     if table.paired:
         text.append(f"{table.paired} - row: mean difference, paired by seed, ± its standard error "

@@ -2641,6 +2641,23 @@ def test_what_fails_costs_its_own_cells_only(copied, capsys, monkeypatch):
     assert "no cell of the table could be computed" in said
 
 
+def test_an_encoder_that_fails_leaves_the_others(copied, capsys, monkeypatch):
+    """Its table is missing, and said; those of the other encoders are printed."""
+    pretrained = evaluation.pretrained
+
+    def fails_for_resnets(table, kind, seed, name, chosen):
+        if kind == "resnet10:4":
+            raise ValueError("it diverged")
+        return pretrained(table, kind, seed, name, chosen)
+
+    monkeypatch.setattr(evaluation, "pretrained", fails_for_resnets)
+    encoders = ["--encoders", "resnet10:4", "convnet:4"]
+    judge(copied, "--sets", "none", "--seeds", 0, "--labels", 5, *encoders)
+    said = capsys.readouterr().out
+    assert "left out: none (it diverged)" in said and "convnet:4, linear" in said
+    assert "resnet10:4, linear" not in said
+
+
 def test_a_share_of_labels_that_leaves_nothing_drops_its_column(copied, capsys):
     """Said at the start; the other shares are computed; nothing at all is an error."""
     judge(copied, "--sets", "none", "--seeds", 3, "--labels", 0.1, 5)
