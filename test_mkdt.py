@@ -785,7 +785,7 @@ def test_reading_takes_little_memory(tmp_path):
         check=True,
     )
     taken = int(done.stdout.split()[-1]) / 1024  # MiB
-    assert taken < 1.6 * 20_000 * 32 * 32 * 3 / 2**20, taken
+    assert taken < 1.4 * 20_000 * 32 * 32 * 3 / 2**20, taken
 
 
 def test_what_cannot_be_a_data_set_is_named(tmp_path):
