@@ -2333,6 +2333,7 @@ def test_mtt_and_mtt_ssl_run_end_to_end(tmp_path, objective, capsys):
     flags = [*at(tmp_path), *TINY, "--init", "random", "--objective", objective]
     flags += ["--expert-batch", "50"]
     run(*flags)
+    run(*flags)  # once more: nothing is refused, nothing is missing
     sets = {x["set"] for x in lines(tmp_path, "5pct_random")}
     assert sets == {x for x in evaluation.DEFAULT_SETS if "high_loss" not in x}
     assert not (tmp_path / "run/teacher.pt").exists()
