@@ -1,4 +1,4 @@
-"""Data of MKDT: files, progress, devices, data sets and augmentation. The other files use it.
+"""Data of MKDT: files, progress, devices, data sets and augmentation.
 
     Progress          accompanies a training loop: resumes it, reports on it, saves its state
     load_dataset      a data set by name, from a folder or from an .npz, as uint8 tensors
@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import ctypes
 import datetime
-import functools
 import io
 import json
 import math
@@ -21,6 +20,7 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -30,7 +30,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.transforms.functional import rgb_to_grayscale
+from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
 
 # ---- Errors and files -------------------------------------------------------------------------
@@ -42,14 +42,13 @@ class Diverged(InputError):
 
 def first_line(error):
     """The first line of an exception's message, or its type if it has none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write as `path`. It is written beside `path` first and then renamed, so
-    that `path` is never half written. Raises InputError if it cannot be written."""
-    path, beside = Path(path), Path(f"{path}.{os.getpid()}.part")
+    """A binary file to write as `path`, which is never half written: it is written beside it first
+    and then renamed. Raises InputError if that fails."""
+    path, beside = Path(path), Path(f"{path}.{RANK}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as file:
@@ -80,21 +79,20 @@ def load(path, **options):
     try:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist: either its name is mistyped, or the stage that "
-                         "makes it has not been run") from None
+        raise InputError(f"{path} does not exist: is it mistyped, or its stage not run?") from None
     except Exception as error:             # pickle, zip and torch each have their own
-        raise InputError(f"{path} is not a whole torch file of tensors and plain values: it is "
-                         f"damaged, or another kind of file ({type(error).__name__})") from error
+        raise InputError(f"{path} is damaged, or not a torch file of tensors and plain values "
+                         f"({type(error).__name__})") from error
 
 def checksum(*values):
-    """Eight hexadecimal digits that tell the contents of tensors, arrays or plain values apart."""
+    """Eight hexadecimal digits that tell the contents of tensors or plain values apart."""
     crc = 0
     for value in values:
         if torch.is_tensor(value):
-            value = value.detach().cpu().numpy()
-        elif not isinstance(value, np.ndarray):
-            value = np.frombuffer(repr(value).encode(), np.uint8)
-        crc = zlib.crc32(np.ascontiguousarray(value), crc)
+            content = value.detach().cpu().contiguous().numpy()
+        else:
+            content = repr(value).encode()
+        crc = zlib.crc32(content, crc)
     return f"{crc:08x}"
 
 # ---- Progress of a training loop --------------------------------------------------------------
@@ -116,56 +114,51 @@ class Log:
             line += f"  {speed:.3g}/s  {(total - step) / speed / 60:.1f} min left"
         print(f"{line}  {note}".rstrip(), flush=True)
         if self.path and RANK == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, **values}) + "\n")
 
 class Progress:
-    """Accompanies a training loop: resumes it, reports on it and saves its state.
+    """Accompanies a training loop of `total` steps. Call it after each step with the number of
+    steps done and with values to report. They are read from the device only when a line is due, as
+    means since the last line. advice: what to do if one is no longer finite.
 
-    stage, total: the loop's name and its number of steps. checkpoint: the file for `state`, tensors
-    and objects with a state_dict, written every few minutes and at the end. If it exists, `state`
-    is restored from it at once, and the loop goes on from `first_step`. advice: what to do if a
-    value is no longer finite. visit(step) is called every `every` steps.
-
-    Call it after each step with the number of steps done and with values to report. They are read
-    from the device only when a line is due, as means since the last line."""
+    checkpoint: the file for `state`, written every few minutes and at the end. If it exists,
+    tensors and objects with a state_dict are restored from it at once, anything else must be as it
+    was, and the loop goes on from `first_step`. visit(step) is called every `every` steps."""
 
     def __init__(self, stage, total, log, checkpoint=None, advice="", every=0, visit=None, **state):
         self.stage, self.total, self.log = stage, total, log
-        self.checkpoint, self.state = checkpoint, state
+        self.checkpoint, self.state = checkpoint, {"ranks": RANKS, **state}
         self.advice, self.every, self.visit = advice, every, visit
         self.first_step = self.restore()
         self.recent = []
-        self.timed_steps, self.timed_since = 0, None
+        self.timed = None                  # the step and the time from which the speed is taken
         self.saved_at = time.monotonic()
 
     def __call__(self, step, **values):
         now = time.monotonic()
         self.recent.append(values)
-        if self.timed_since is None:       # the first step is not timed: it may compile
-            self.timed_since = now
-        else:
-            self.timed_steps += 1
+        if not self.timed:                 # the first step is left out: it may compile
+            self.timed = step, now
         last = step == self.total
         line_due = now - self.log.last >= self.log.seconds
         visit_due = self.every > 0 and step % self.every == 0
         save_due = self.checkpoint and (last or now - self.saved_at >= 60 * self.log.minutes)
         if last or line_due or visit_due or save_due:
             self.report(step, line_due or self.checkpoint)
-        if save_due and RANK == 0:
-            saved = {"step": step, "ranks": RANKS}
-            for name, part in self.state.items():
-                saved[name] = part if torch.is_tensor(part) else part.state_dict()
-            save(self.checkpoint, saved)
         if save_due:
+            saved = {"step": step}
+            for name, part in self.state.items():
+                saved[name] = part.state_dict() if hasattr(part, "state_dict") else part
+            if RANK == 0:
+                save(self.checkpoint, saved)
             self.saved_at = time.monotonic()
         if visit_due:
             self.visit(step)
 
     def report(self, step, print_line):
-        """Checks the means since the last report, and prints them if that is wanted. Raises
-        Diverged if one is not finite, or if the learned rate alpha_syn, "lr", is not positive."""
+        """Checks and perhaps prints the means since the last report. Raises Diverged if one is not
+        finite, or if the learned rate alpha_syn, "lr", is not positive."""
         means, latest = {}, self.recent[-1]
         for name in latest:
             means[name] = float(sum(values[name] for values in self.recent)) / len(self.recent)
@@ -174,10 +167,11 @@ class Progress:
                                f"{step}. {self.advice}")
         now = time.monotonic()             # reading the values has waited for the device
         if print_line:
-            speed = self.timed_steps / max(now - self.timed_since, 1e-9)
+            first, since = self.timed
+            speed = (step - first) / max(now - since, 1e-9)
             self.log(self.stage, step, self.total, speed, **means)
         self.recent = []
-        self.timed_steps, self.timed_since = 0, now
+        self.timed = step, now
 
     @torch.no_grad()
     def restore(self):
@@ -186,16 +180,16 @@ class Progress:
             return 0
         saved = load(self.checkpoint)
         try:
-            if saved["ranks"] != RANKS:
-                raise ValueError(f"it was made by {saved['ranks']} processes, not {RANKS}")
             for name, part in self.state.items():
                 if torch.is_tensor(part):
                     part.copy_(saved[name])
-                else:
+                elif hasattr(part, "state_dict"):
                     part.load_state_dict(saved[name])
+                elif part != saved[name]:
+                    raise ValueError(f"{name} {saved[name]} -> {part}")
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise InputError(f"{self.checkpoint} does not fit this run ({first_line(error)}): "
-                             "delete it to start the stage again") from error
+            raise InputError(f"{self.checkpoint} does not fit this run ({first_line(error)}); "
+                             "without it, the stage starts again") from error
         print(f"resuming from {self.checkpoint} at step {saved['step']}", flush=True)
         return saved["step"]
 
@@ -216,8 +210,11 @@ def start(device):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True                  # there are few shapes
-    else:
-        keep_freed_memory()
+    else:                                  # freed blocks are kept for the next step: if glibc gave
+        with contextlib.suppress(AttributeError, TypeError):   # them back to the kernel, it would
+            mallopt = ctypes.CDLL(None).mallopt                # have to clear their pages anew
+            mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: do not trim
+            mallopt(-4, 0)                                     # M_MMAP_MAX: no separate blocks
     if RANKS > 1 and not dist.is_initialized():                # the others wait while rank 0 works
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
                                 timeout=datetime.timedelta(days=7))
@@ -237,24 +234,16 @@ def compile_pays(args, width):
         return args.compile
     return args.device.type == "cuda" or width >= 32
 
-def keep_freed_memory():
-    """Has glibc keep freed blocks for the next step. By itself it gives large ones back to the
-    kernel, which then clears their pages anew: that is much of a step's time on a CPU."""
-    with contextlib.suppress(AttributeError, TypeError):   # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: do not trim
-        mallopt(-4, 0)                                     # M_MMAP_MAX: no separate blocks
-
 @contextlib.contextmanager
 def command_line(script):
-    """Runs a command. What a user can put right ends it with one line and exit code 2. Only rank 0
-    reports progress; a character that the console lacks is shown as a question mark."""
+    """Runs a command, of which only rank 0 prints. What a user can put right ends it with one line
+    and exit code 2. A character that the console lacks becomes a question mark."""
     sys.stdout.reconfigure(errors="replace")
     sys.stderr.reconfigure(errors="replace")
     try:
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
             yield
-    except (InputError, MemoryError, torch.OutOfMemoryError) as error:
+    except (InputError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         reason = " ".join(str(error).split()) or "there is not enough memory"
         print(f"{script}: {reason}", file=sys.stderr)
         sys.exit(2)
@@ -271,11 +260,9 @@ def rank_0_first():
     """Rank 0 does what is below first, e.g. it downloads; then the others, who find it done."""
     if RANK > 0:
         barrier()
-    try:
-        yield
-    finally:                               # if rank 0 fails, the others must not wait for ever
-        if RANK == 0:
-            barrier()
+    yield
+    if RANK == 0:
+        barrier()
 
 def sum_over_ranks(tensors):
     """Replaces each of `tensors` by its sum over the ranks."""
@@ -353,36 +340,31 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     if name in OFFICIAL:
         if path.is_dir():
             print(f"{name} is the official data set; for the folder of that name give ./{name}")
-        read = functools.partial(read_official, name, Path(data_dir))
-        arrays = cached(Path(data_dir), name, image_size, OFFICIAL[name].side, read)
-    elif path.suffix == ".npz":
-        arrays = read_npz(name)
+        read = partial(read_official, name, Path(data_dir))
+        path = cached(Path(data_dir), name, image_size, OFFICIAL[name].side, read)
     elif path.is_dir():
         files, version = list_folder(path)
-        read = functools.partial(read_folder, path, files)
-        arrays = cached(Path(data_dir), f"{title}-{version}", image_size, 32, read)
-    else:
-        raise InputError(f"unknown data set {name!r}: give one of {', '.join(OFFICIAL)}, a folder "
-                         "with train/ (and test/) inside, or an .npz file")
-    images = arrays["train_images"]
-    if image_size not in (0, images.shape[1]):
-        raise InputError(f"{name} has {images.shape[1]}-pixel images: leave out --image-size "
-                         f"{image_size}")
+        read = partial(read_folder, path, files)
+        path = cached(Path(data_dir), f"{title}-{version}", image_size, 32, read)
+    elif path.suffix != ".npz":
+        raise InputError(f"unknown data set {name!r}: give {', '.join(OFFICIAL)}, a folder or .npz")
+    arrays = read_npz(path)
     number_classes(name, arrays)
+    images, labels = arrays["train_images"], arrays["train_labels"]
+    if image_size not in (0, images.shape[1]):
+        raise InputError(f"--image-size {image_size}: {name} has {images.shape[1]} pixels")
     mean, std = STATISTICS.get(name) or channel_statistics(images)
     if 0 < train_images < len(images):
         chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:train_images])
-        arrays["train_images"] = images[chosen]
-        arrays["train_labels"] = arrays["train_labels"][chosen]
+        arrays.update(train_images=images[chosen], train_labels=labels[chosen])
     print(summary(title, arrays), flush=True)
     tensors = [torch.from_numpy(arrays[key]) for key in ARRAYS]
+    ids = {"images_id": checksum(tensors[0]), "id": checksum(*tensors)}
     for i in (0, 2):
         tensors[i] = tensors[i].permute(0, 3, 1, 2)            # [N, H, H, 3] -> [N, 3, H, H]
     return Dataset(title, *[tensor.to(device) for tensor in tensors],
-                   mean=torch.tensor(mean, device=device)[:, None, None],
-                   std=torch.tensor(std, device=device)[:, None, None],
-                   images_id=checksum(arrays["train_images"]),
-                   id=checksum(*[arrays[key] for key in ARRAYS]), source=name)
+                   torch.tensor(mean, device=device)[:, None, None],
+                   torch.tensor(std, device=device)[:, None, None], source=name, **ids)
 
 ARRAYS = ["train_images", "train_labels", "test_images", "test_labels"]
 EXTRAS = ["mkdt_class_names", "mkdt_notes"]                    # what only our own .npz files have
@@ -397,8 +379,7 @@ def number_classes(name, arrays):
     if len(classes) == 0:
         test[:] = -1
     elif len(unseen):
-        raise InputError(f"{name}: there are test images, but no training images, of the classes "
-                         f"{listed(unseen, names)}")
+        raise InputError(f"{name}: no training images of the test classes {listed(unseen, names)}")
     for labels in (train, test):
         labels[:] = np.where(labels == -1, -1, np.searchsorted(classes, labels))
     if len(names):
@@ -411,35 +392,36 @@ def listed(classes, names):
 def summary(title, arrays):
     """What was read, in lines of at most 100 columns."""
     labels, test = arrays["train_labels"], arrays["test_labels"]
-    names, notes = arrays["mkdt_class_names"], arrays["mkdt_notes"]
+    names, side = arrays["mkdt_class_names"], arrays["train_images"].shape[1]
     counts = np.bincount(labels[labels >= 0])
-    told = [f"{name} {count}" for name, count in zip(names, counts)]
-    text = f"{title}: {len(labels):,} training images"
+    text = f"{title}: {len(labels):,} training images of {len(counts)} classes"
     if len(counts) < 2:
-        text += " of one class, which count as unlabelled" if len(counts) else " without labels"
-    else:
-        text += f" of {len(counts)} classes" + f" ({', '.join(told)})" * (0 < len(told) <= 10)
+        text += ", which count as unlabelled"
+    elif 0 < len(names) <= 10:
+        text += f" ({', '.join(f'{name} {count}' for name, count in zip(names, counts))})"
     if 0 < counts.sum() < len(labels):
         text += f", {len(labels) - counts.sum():,} of them unlabelled"
-    text += f", {len(test):,} test images, {arrays['train_images'].shape[1]} pixels"
+    text += f", {len(test):,} test images, {side} pixels"
     absent = np.setdiff1d(np.arange(len(counts)), test)
     if (test >= 0).any() and len(absent):
         text += f"; not in the test split: {listed(absent, names)}"
-    return textwrap.fill("; ".join([text, *notes]), 100, subsequent_indent="    ")
+    return textwrap.fill("; ".join([text, *arrays["mkdt_notes"]]), 100, subsequent_indent="    ")
 
 def channel_statistics(images):
     """Mean and standard deviation of each channel, in [0, 1], of uint8 images [N, H, W, 3], or of
-    about 10,000 of them at even distances."""
-    sample = images[::len(images) // 10_000 + 1]
-    mean = sample.mean(axis=(0, 1, 2)) / 255
-    squares = np.zeros(3)
-    for part in np.array_split(sample, 40):                    # all at once take twice the memory
-        squares += np.square(part, dtype=np.uint16).sum(axis=(0, 1, 2), dtype=np.float64)
-    mean_square = squares / sample[..., 0].size / 255**2
-    return mean.tolist(), np.sqrt(mean_square - mean**2).clip(1e-3).tolist()
+    some of them if they are large, to save memory."""
+    sample = images[::images.size // 10_000_000 + 1]
+    levels = np.arange(256) / 255
+    mean, std = [], []
+    for channel in range(3):
+        counts = np.bincount(sample[..., channel].ravel(), minlength=256)
+        mean.append(float(np.average(levels, weights=counts)))
+        variance = np.average((levels - mean[-1]) ** 2, weights=counts)
+        std.append(max(float(variance) ** 0.5, 1e-3))
+    return mean, std
 
 def cached(data_dir, name, size, usual_size, read):
-    """The arrays of the .npz `name` in data_dir. If there is none, read(size) makes it."""
+    """The path of the .npz `name` in data_dir. If there is none, read(size) makes its arrays."""
     if size not in (0, usual_size):
         name = f"{name}-{size}px"
     path = data_dir / f"{name}.npz"
@@ -447,19 +429,18 @@ def cached(data_dir, name, size, usual_size, read):
         if not path.exists():
             with whole_file(path) as file:
                 np.savez(file, **read(size or usual_size))
-        return read_npz(path)
+    return path
 
 def read_npz(path):
     """The arrays of an .npz, checked. Labels (-1) and test images may be missing. Images may be
     grey, [N, H, H] or [N, H, H, 1]; labels [N] or [N, 1], of any integer type."""
-    arrays = {key: np.array([], str) for key in EXTRAS}
+    arrays = dict.fromkeys(EXTRAS, np.array([], str))
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays.update({key: file[key] for key in ARRAYS + EXTRAS if key in file})
         train = arrays["train_images"]
     except Exception as error:             # zip, zlib, pickle and numpy each have their own
-        raise InputError(f"{path} is not a whole .npz with train_images "
-                         f"({first_line(error)})") from error
+        raise InputError(f"{path}: no .npz with train_images ({first_line(error)})") from error
     side = train.shape[1:2]
     for split in ("train", "test"):
         images = arrays.get(f"{split}_images", train[:0])
@@ -469,22 +450,21 @@ def read_npz(path):
         if images.dtype != np.uint8 or images.shape[1:] != (*side, *side, 3):
             raise InputError(f"{path}: {split}_images must be uint8 [N, H, H, 3] or [N, H, H], all "
                              f"of one size, not {images.dtype} {list(images.shape)}")
-        if labels.shape not in ((len(images),), (len(images), 1)) or labels.dtype.kind not in "biu":
+        if labels.size != len(images) or labels.dtype.kind not in "biu":
             raise InputError(f"{path}: {split}_labels must be {len(images)} integers, not "
                              f"{labels.dtype} {list(labels.shape)}")
         arrays[f"{split}_images"] = images
-        arrays[f"{split}_labels"] = labels.reshape(-1).astype(np.int64)
+        arrays[f"{split}_labels"] = labels.ravel().astype(np.int64)
     if len(train) < 2 or side < (8,) or train.min() == train.max():
-        raise InputError(f"{path}: nothing can be learnt from {len(train)} training images of "
-                         f"{side[0]} pixels: at least two of 8 pixels, not all of one colour")
+        raise InputError(f"{path}: {len(train)} training images of {side[0]} pixels: there must be "
+                         "two or more, of 8 pixels or more, and not all of one colour")
     return arrays
 
 def share(n, percent, flag):
     """How many that percentage of n images is. Raises InputError if it is none, or over all."""
     count = math.floor(n * percent / 100 + 1e-9)
     if not 1 <= count <= n:
-        raise InputError(f"{flag} {percent:g} of {n} images is {count}: it must leave at least one "
-                         "and at most all")
+        raise InputError(f"{flag} {percent:g} of {n} images is {count}, not between 1 and all")
     return count
 
 # ---- Decoding pictures ------------------------------------------------------------------------
@@ -506,45 +486,42 @@ def as_people_see_it(image):
     return image.convert("RGB")
 
 def decode(splits, size, class_names=(), notes=()):
-    """The arrays of a data set from {"train": [(picture, label), ...], "test": ...}. Pictures are
-    paths or uint8 arrays [H, W, 3]; they are squashed to `size` with Lanczos. Files that are no
-    images are left out; InputError, naming all of them, if images cannot be read."""
+    """The arrays of a data set from {"train": pairs, "test": pairs}: sequences of (picture, label),
+    where a picture is a path or a PIL image. They are squashed to `size` with Lanczos. Files that
+    are no images are left out; InputError, naming all of them, if images cannot be read."""
     from PIL import Image, UnidentifiedImageError
     suffixes = Image.registered_extensions()
     arrays, broken, left_out = {}, [], []
 
-    def read(row, picture):
-        """Puts the picture into `row`; returns whether it is an image."""
+    def read(pairs, i, row):
+        """Puts picture i into `row` and returns its label, or None if it cannot be read."""
+        picture = f"image {i}"
         try:
-            if isinstance(picture, np.ndarray):
-                image = Image.fromarray(picture)
-            else:
-                image = as_people_see_it(Image.open(picture))
-            row[:] = image.resize((size, size), Image.Resampling.LANCZOS)
-            return True
+            picture, label = pairs[i]
+            image = Image.open(picture) if isinstance(picture, Path) else picture
+            row[:] = as_people_see_it(image).resize((size, size), Image.Resampling.LANCZOS)
+            return label
         except Exception as error:                             # PIL raises almost anything
             suffix = Path(picture).suffix.lower()
             if isinstance(error, UnidentifiedImageError) and suffix not in suffixes:
                 left_out.append(suffix or "no suffix")
             else:
                 broken.append(f"{picture} ({first_line(error)})")
-            return False
 
     for split, pairs in splits.items():
-        pictures, labels = zip(*pairs) if pairs else ((), ())
         images = np.empty((len(pairs), size, size, 3), np.uint8)
         with ThreadPoolExecutor() as pool:
-            good = np.array(list(pool.map(read, images, pictures)), bool)
-        arrays[f"{split}_images"] = images if good.all() else images[good]
-        arrays[f"{split}_labels"] = np.array(labels, np.int64)[good]
+            labels = list(pool.map(partial(read, pairs), range(len(pairs)), images))
+        good = [i for i, label in enumerate(labels) if label is not None]
+        arrays[f"{split}_images"] = images if len(good) == len(images) else images[good]
+        arrays[f"{split}_labels"] = np.array(labels)[good].astype(np.int64)
     if broken:
-        raise InputError(f"{len(broken)} images cannot be read; repair or remove "
-                         f"{', '.join(sorted(broken)[:20])}")
+        raise InputError(f"repair or remove {len(broken)} images: {', '.join(sorted(broken)[:20])}")
     if left_out:
-        told = f"left out: {len(left_out)} files that are not images ({', '.join(set(left_out))})"
-        notes = [*notes, told]
-    extras = zip(EXTRAS, (np.array(class_names, str), np.array(notes, str)))
-    return {**arrays, **dict(extras)}
+        kinds = ", ".join(set(left_out))
+        notes = [*notes, f"left out: {len(left_out)} files that are not images ({kinds})"]
+    return {**arrays, "mkdt_class_names": np.array(class_names, str),
+            "mkdt_notes": np.array(notes, str)}
 
 # ---- Folders of images ------------------------------------------------------------------------
 def hidden(name):
@@ -567,8 +544,7 @@ def list_folder(folder):
 def read_folder(folder, files, size):
     """The arrays of train/<class>/* and test/<class>/*, or of train/* if there are no classes."""
     if not (folder / "train").is_dir():
-        raise InputError(f"{folder} holds no folder called train: images are looked for in "
-                         f"{folder}/train/<class>/ (or {folder}/train/) and {folder}/test/<class>/")
+        raise InputError(f"{folder} lacks a folder train/, with images or with a folder a class")
     names = sorted({path.parts[1] for path in files if len(path.parts) > 2})
     splits = {"train": [], "test": []}
     for path in files:
@@ -582,14 +558,12 @@ def read_folder(folder, files, size):
         notes.append(f"left out: {loose} files that lie in no class folder")
     if not splits["test"] and (folder / "val").is_dir():
         notes.append("val/ is not read: call it test/ to use it as such")
-    if len(names) == 1:
-        notes.append(f"the only class folder is {names[0]}/")
     return decode(splits, size, names, notes)
 
 # ---- Official data sets -----------------------------------------------------------------------
 class Source(NamedTuple):
     """An official data set."""
-    read: Callable                         # data_dir -> {"train": [(picture, label), ...], "test"}
+    read: Callable                         # data_dir -> {"train": pairs, "test": pairs}, see decode
     places: str                            # where in data_dir its archives are looked for
     side: int = 32                         # in pixels
 
@@ -599,21 +573,14 @@ def read_official(name, data_dir, size):
         splits = OFFICIAL[name].read(data_dir)
     except Exception as error:             # no network, a damaged archive, no scipy
         places = ", ".join(f"{data_dir}/{place}" for place in OFFICIAL[name].places.split())
-        raise InputError(f"cannot read {name} ({first_line(error)}). It is looked for in {places}, "
-                         f"or decoded in {data_dir}/{name}.npz (README, Your own images). Delete a "
-                         "download that was interrupted") from error
+        raise InputError(f"cannot read {name} ({first_line(error)}); looked for {places} (README, "
+                         "Your own images). Delete a download that was interrupted") from error
     return decode(splits, size)
 
-def from_torchvision(make, train, test, pictures, labels):
-    """A reader of one of torchvision's data sets: make(root, **train) and make(root, **test), which
-    keep what is wanted in their fields `pictures` and `labels`."""
-    def read(data_dir):
-        splits = {}
-        for split, options in (("train", train), ("test", test)):
-            dataset = make(data_dir, download=True, **options)
-            splits[split] = list(zip(getattr(dataset, pictures), getattr(dataset, labels)))
-        return splits
-    return read
+def from_torchvision(make, train, test, data_dir):
+    """One of torchvision's data sets, whose argument after the folder chooses the split."""
+    return {"train": make(data_dir, train, download=True),
+            "test": make(data_dir, test, download=True)}
 
 def fetched(path, *archives):
     """`path`, which is unpacked from the archives (url, md5) if it is not there."""
@@ -632,21 +599,19 @@ def tinyimagenet(data_dir):
     for line in (root / "val/val_annotations.txt").read_text().splitlines():
         file, name = line.split("\t")[:2]
         test.append((root / "val/images" / file, train.class_to_idx[name]))
-    return {"train": train.samples, "test": test}
+    return {"train": train, "test": test}
 
 def cub2011(data_dir):
     """CUB-200-2011 in its official split."""
     root = fetched(data_dir / "cub2011/CUB_200_2011",
                    ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
                     "97eceeb196236b17998738112f37df78"))
-    tables = []
-    for name in ("images.txt", "image_class_labels.txt", "train_test_split.txt"):
-        tables.append(dict(line.split() for line in (root / name).read_text().splitlines()))
-    paths, labels, in_train = tables
+    paths = np.loadtxt(root / "images.txt", str)[:, 1]         # all three are in one order
+    labels = np.loadtxt(root / "image_class_labels.txt", int)[:, 1]
+    in_train = np.loadtxt(root / "train_test_split.txt", int)[:, 1]
     splits = {"train": [], "test": []}
-    for number, flag in in_train.items():
-        pair = root / "images" / paths[number], int(labels[number]) - 1
-        splits["train" if flag == "1" else "test"].append(pair)
+    for path, label, flag in zip(paths, labels, in_train):
+        splits["train" if flag else "test"].append((root / "images" / path, label - 1))
     return splits
 
 def dogs(data_dir):
@@ -716,20 +681,21 @@ def draw_shapes(n, size, rng):
 
 def shapes(data_dir):
     """4,000 images to train on and 4,000 to test on."""
-    pairs = list(zip(*draw_shapes(8000, 24, np.random.default_rng(0))))
+    images, labels = draw_shapes(8000, 24, np.random.default_rng(0))
+    pairs = list(zip(map(to_pil_image, images), labels))
     return {"train": pairs[:4000], "test": pairs[4000:]}
 
-CIFAR = {"train": True}, {"train": False}, "data", "targets"
-FILES = {"split": "test"}, "_image_files", "_labels"
 OFFICIAL = {
-    "cifar10": Source(from_torchvision(datasets.CIFAR10, *CIFAR), "cifar-10-python.tar.gz"),
-    "cifar100": Source(from_torchvision(datasets.CIFAR100, *CIFAR), "cifar-100-python.tar.gz"),
+    "cifar10": Source(partial(from_torchvision, datasets.CIFAR10, True, False),
+                      "cifar-10-python.tar.gz"),
+    "cifar100": Source(partial(from_torchvision, datasets.CIFAR100, True, False),
+                       "cifar-100-python.tar.gz"),
     "tinyimagenet": Source(tinyimagenet, "tinyimagenet/tiny-imagenet-200.zip", side=64),
-    "aircraft": Source(from_torchvision(datasets.FGVCAircraft, {"split": "trainval"}, *FILES),
+    "aircraft": Source(partial(from_torchvision, datasets.FGVCAircraft, "trainval", "test"),
                        "fgvc-aircraft-2013b.tar.gz"),
     "cub2011": Source(cub2011, "cub2011/CUB_200_2011.tgz"),
     "dogs": Source(dogs, "dogs/images.tar dogs/lists.tar"),
-    "flowers": Source(from_torchvision(datasets.Flowers102, {"split": "train"}, *FILES),
+    "flowers": Source(partial(from_torchvision, datasets.Flowers102, "train", "test"),
                       "flowers-102/102flowers.tgz flowers-102/imagelabels.mat "
                       "flowers-102/setid.mat"),
     "cars": Source(cars, "stanford_cars/cars_train stanford_cars/cars_test stanford_cars/devkit "
@@ -806,23 +772,14 @@ def adjust_hue(images, shift):
 
 JITTERS = ["brightness", "contrast", "saturation", "hue"]
 
-@dataclass
-class Augmentation:
-    """One draw from A of Eq. 1, as a differentiable function of images [n, 3, H, H] in [0, 1].
-    size: H. box: top, left, height, width, each [n]. flip: [n]. amounts: of the four jitters,
-    [4, n, 1, 1, 1]. order: of the jitters, one for the batch. grey: [n, 1, 1, 1]."""
-    size: int
-    box: tuple
-    flip: torch.Tensor
-    amounts: torch.Tensor
-    order: list
-    grey: torch.Tensor
-
-    def __call__(self, images):
-        images = resized_crop(images, self.box, self.size, self.flip)
-        for name, amount in zip(self.order, self.amounts):
-            images = jitter(name, images, amount)
-        return torch.where(self.grey, rgb_to_grayscale(images), images)
+def augment(images, box, flip, amounts, order, grey):
+    """One draw of `draw_augmentations`, applied to images [n, 3, H, H] in [0, 1]; differentiable.
+    box: top, left, height, width, each [n]. flip: [n]. amounts: of the four jitters, which follow
+    each other in this order, [4, n, 1, 1, 1]. grey: [n, 1, 1, 1]."""
+    images = resized_crop(images, box, images.shape[-1], flip)
+    for name, amount in zip(order, amounts):
+        images = jitter(name, images, amount)
+    return torch.where(grey, rgb_to_grayscale(images), images)
 
 def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), grey=0.2):
     """Two draws from A of Eq. 1 for n images of `size` pixels, fixed by `seed`, as in mix-bt, which
@@ -840,7 +797,8 @@ def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), grey=0.2):
         is_grey = torch.rand(n, 1, 1, 1, device=device, generator=rng) < grey
         amounts = (0.8 * strength - 0.4) * applied
         order = order_rng.permutation(JITTERS)
-        draws.append(Augmentation(size, box, flip, amounts, order, is_grey))
+        draws.append(partial(augment, box=box, flip=flip, amounts=amounts, order=order,
+                                       grey=is_grey))
     return draws
 
 def two_views(images, seed, scale=(0.08, 1.0), grey=0.2):

@@ -8,7 +8,6 @@ each in a stream of its own and the same for every set, so that differences are 
 import argparse
 import copy
 import csv
-import functools
 import io
 import itertools
 import math
@@ -16,7 +15,8 @@ import pickle
 import re
 import textwrap
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -47,7 +47,7 @@ def pretrain(encoder, loss, order, examples, lr, decay, seed, progress):
 def pretrain_ssl(encoder, order, images, data, s, lr, seed, progress):
     """Trains `encoder` by the teacher's self-supervised loss on uint8 `images` alone: appendix B's
     "Random (SSL Pre-training)". Adam with weight decay 1e-6."""
-    make_head = functools.partial(SSL[s.ssl].projector, encoder.head.out_features)
+    make_head = partial(SSL[s.ssl].projector, encoder.head.out_features)
     head = build(make_head, seed, "evaluation projector")
     network = torch.nn.Sequential(encoder, head.to(images.device))
     optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=1e-6)
@@ -108,7 +108,7 @@ def finetune(encoder, task, chosen, seed, progress):
     images, labels, steps = task.train_images[chosen], task.train_labels[chosen], progress.total
     encoder = copy.deepcopy(encoder).eval()
     d = encode(encoder.features, images[:1], task.normalize).shape[1]
-    make_head = functools.partial(torch.nn.Linear, d, task.classes)
+    make_head = partial(torch.nn.Linear, d, task.classes)
     encoder.head = build(make_head, seed, "fine-tuning head").to(images.device)
     encoder.train()
     optimizer = torch.optim.SGD(encoder.parameters(), 0.01, 0.9, weight_decay=5e-4)
@@ -136,13 +136,18 @@ def finetuned_scores(net, task, percents, seed, log):
     return scores
 
 class Protocol(NamedTuple):
-    """How an encoder is judged."""
+    """How an encoder is judged, and what is usual then; "" or 0 is what the run itself has."""
+    name: str
     scores: Callable                       # (encoder, task, shares, seed, log) -> accuracies
-    labels: list                           # the usual shares, in percent
+    labels: list                           # their shares, in percent
+    encoder: str
+    epochs: int                            # of pre-training
     decay: float                           # weight decay of pre-training
 
-PROTOCOLS = {"linear": Protocol(linear_scores, [1, 5], 1e-4),
-             "finetune": Protocol(finetuned_scores, [100], 1e-3)}          # Table 10
+PROTOCOLS = {
+    "linear": Protocol("linear", linear_scores, [1, 5], "", 0, 1e-4),
+    "finetune": Protocol("finetune", finetuned_scores, [100], "convnet_bn", 1000, 1e-3),  # Table 10
+}
 
 def accuracy(logits, labels):
     """Percent of `labels` that the largest of `logits` [n, classes] predicts: 100 - Err, Eq. 3."""
@@ -236,16 +241,24 @@ def dm(make, images, data, s, groups, progress_of):
         progress(step + 1, loss=total)
     return images.detach()
 
-def make_baseline(run, kind, iterations, n, pool, path):
-    """Distils n images by KRR-ST, with encoders called `pool`, or by DM, into the file `path`."""
-    s, data = run.s, run.data
+def baseline(run, name, n):
+    """The file of n images distilled by KRR-ST or DM, as the SetName says; distils them if need
+    be."""
+    s, data, kind = run.s, run.data, name.kind
+    count, _, pool = name.argument.partition(":")
+    iterations = int(count or ITERATIONS[kind])
+    pool = pool or {"krr_st": "convnet_bn", "dm": student_name(s)}[kind]
+    path = run.set_dir / f"{kind}_{iterations}_{pool.replace(':', '_')}.pt"
+    if path.exists():
+        return path
     f_T = teacher_network(s, data.image_size)
     f_T.load_state_dict(load(run.run_dir / "teacher.pt"))
     f_T.to(s.device).eval()
+    make = partial(encoder, pool, run.out_dim, data.image_size)
     chosen = torch.randperm(len(data.train_images), generator=stream(0, kind, "images"))[:n]
     images = data.train_images[chosen].float() / 255
-    progress_of = functools.partial(Progress, kind, iterations, run.log,
-                                    path.with_suffix(".checkpoint"))
+    checkpoint = path.with_suffix(".checkpoint")
+    progress_of = partial(Progress, kind, iterations, run.log, checkpoint)
 
     def real(step):
         """1,024 real images, cropped and mirrored, and the teacher's representations of these."""
@@ -256,16 +269,15 @@ def make_baseline(run, kind, iterations, n, pool, path):
         return x, encode(f_T, x)
 
     if kind == "krr_st":
-        make = functools.partial(encoder, pool, run.out_dim, data.image_size)
         lr = 1e-5 if s.dataset == "tinyimagenet" else 1e-4
         lifetime = min(1000, iterations + 1)
         images, targets = krr_st(make, images, run.targets[chosen], real, lr, lifetime, progress_of)
     else:
-        make = functools.partial(encoder, student_name(s), run.out_dim, data.image_size)
         images = dm(make, data.normalize(images), data, s, data.classes, progress_of)
         targets = encode(f_T, images)
     save(path, {"images": images.cpu(), "targets": targets.cpu()})
-    path.with_suffix(".checkpoint").unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
+    return path
 
 # ---- The sets to pre-train on -----------------------------------------------------------------
 # What to pre-train on: what may follow the name and a colon (a regular expression), and what it is.
@@ -303,24 +315,19 @@ class SetName(NamedTuple):
 
 def parse_set(text):
     """The SetName of `text`. Raises InputError if there is no such set."""
-    name, source = text, text
-    named = re.fullmatch(r"([\w.-]+)=(.+)", text)
-    if named:
-        name, source = named.groups()
-    stem, at, rate = source.rpartition("@")
-    if not at or not (rate == "mkdt" or re.fullmatch(r"\d*\.?\d+(e-?\d+)?", rate)
-                      and float(rate) > 0):
-        stem, rate = source, ""
-    kind, _, argument = stem.partition(":")
-    if kind not in SETS or not re.fullmatch(SETS[kind][0], argument):
+    rate = r"mkdt|\d*\.?\d+(?:e-?\d+)?"
+    parts = re.fullmatch(rf"(?:([\w.-]+)=)?(\w+)(?::(.+?))?(?:@({rate}))?", text)
+    name, kind, argument, rate = parts.groups(default="") if parts else ("", "", "", "")
+    possible = kind in SETS and re.fullmatch(SETS[kind][0], argument)
+    if not possible or rate not in ("", "mkdt") and float(rate) == 0:
         raise InputError(f"unknown set {text!r}: choose from {', '.join(SETS)} (eval.py --help), "
                          "with a learning rate as in random@0.3 or random@mkdt, the learned one")
-    return SetName(name, kind, argument, rate)
+    return SetName(name or text, kind, argument, rate)
 
 @dataclass
 class PretrainingSet:
     """What an encoder is pre-trained on. images: [n, 3, H, W], normalised or uint8, or None for no
-    pre-training. targets: representations [n, d], labels [n], or None. id: a checksum of both."""
+    pre-training. targets: those of `Examples`. lr: the learned rate, or None. id: a checksum."""
     images: torch.Tensor
     targets: torch.Tensor
     lr: float
@@ -331,10 +338,10 @@ class Sets:
 
     def __init__(self, run):
         self.run = run
-        self.mkdt = self.read(run.set_dir / "distilled.pt")
-        self.order = load(run.set_dir / "init.pt").get("order")
+        self.mkdt = read_distilled(run.set_dir / "distilled.pt", run.s.device)
+        self.order = load(run.set_dir / "init.pt")["order"]
         self.real_id = checksum(run.data.id, run.targets)
-        self.kept = {}
+        self.kept = {}                     # {SetName: PretrainingSet}
 
     def get(self, name, seed):
         """The PretrainingSet of a SetName for `seed`."""
@@ -343,10 +350,10 @@ class Sets:
         if name.kind == "random":
             total = len(self.run.data.train_images)
             found = self.real(torch.randperm(total, generator=stream(seed, "random subset")))
-        elif name in self.kept:
-            found = self.kept[name]
         else:
-            found = self.kept[name] = self.make(name)
+            if name not in self.kept:
+                self.kept[name] = self.make(name)
+            found = self.kept[name]
         lr = found.lr or self.run.s.pretrain_lr
         if name.ssl_epochs:
             lr = 1e-3
@@ -354,26 +361,15 @@ class Sets:
             lr = self.mkdt.lr if name.rate == "mkdt" else float(name.rate)
         return replace(found, lr=lr)
 
-    def read(self, path):
-        """A distilled set in files, on the device."""
-        images, targets, lr = read_distilled(path)
-        device, id = self.run.s.device, checksum(images, targets)
-        if targets is not None:
-            targets = targets.to(device)
-        return PretrainingSet(images.to(device), targets, lr, id)
-
     def real(self, order):
         """The first of the training images in that order, as many as the distilled set has."""
         chosen = order[:len(self.mkdt.images)]
-        targets = self.run.targets
-        if targets is not None:
-            targets = targets[chosen]
-        images = self.run.data.train_images[chosen]
-        return PretrainingSet(images, targets, None, checksum(self.real_id, chosen))
+        return PretrainingSet(self.run.data.train_images[chosen], self.run.targets[chosen], None,
+                              checksum(self.real_id, chosen))
 
     def make(self, name):
         """A set that is the same for every seed; KRR-ST's and DM's are distilled if need be."""
-        run, folder, n = self.run, self.run.set_dir, len(self.mkdt.images)
+        run, n = self.run, len(self.mkdt.images)
         if name.kind == "full":
             return PretrainingSet(run.data.train_images, run.targets, None, self.real_id)
         if name.kind == "high_loss":
@@ -387,21 +383,17 @@ class Sets:
                 told += f", fewer than the distilled set's {n:,}"
             print(f"{name.name}: {told}", flush=True)
             return self.real(order)
-        if name.kind in ITERATIONS:
-            count, _, pool = name.argument.partition(":")
-            iterations = int(count or ITERATIONS[name.kind])
-            pool = pool or "convnet_bn"
-            path = folder / f"{name.kind}_{iterations}_{pool.replace(':', '_')}.pt"
-            if name.kind == "dm":
-                path = folder / f"dm_{iterations}.pt"
-            if not path.exists():
-                make_baseline(run, name.kind, iterations, n, pool, path)
-            return self.read(path)
         if name.kind == "mkdt" and not name.argument:
             return self.mkdt
-        path = {"initial": folder / "init.pt", "distilled": Path(name.argument),
-                "mkdt": folder / f"distilled_{name.argument:0>5}.pt"}[name.kind]
-        found = self.read(path)
+        if name.kind == "distilled":
+            path = Path(name.argument)
+        elif name.kind == "initial":
+            path = run.set_dir / "init.pt"
+        elif name.kind == "mkdt":
+            path = run.set_dir / f"distilled_{name.argument:0>5}.pt"
+        else:
+            path = baseline(run, name, n)
+        found = read_distilled(path, run.s.device)
         if name.kind == "distilled" and not (found.lr or name.rate):
             print(f"{name.name}: no learned rate lies beside it: using --pretrain-lr "
                   f"{run.s.pretrain_lr:g}", flush=True)
@@ -420,30 +412,29 @@ class IndexUnpickler(pickle.Unpickler):
 def read_indices(path, n):
     """Distinct indices of 0..n-1 in a .pkl, .npy or .txt: a list, array, or dict of "indices"."""
     try:
-        with open(path, "rb") as file:
+        if path.endswith(".npy"):
+            found = np.load(path)
+        else:
+            content = Path(path).read_bytes()
             if path.endswith(".pkl"):
-                found = IndexUnpickler(file).load()
-            elif path.endswith(".npy"):
-                found = np.load(file)
+                found = IndexUnpickler(io.BytesIO(content)).load()
             else:
-                found = file.read().replace(b",", b" ").split()
+                found = content.replace(b",", b" ").split()
         if isinstance(found, dict):
             found = found["indices"]
         indices = np.array(found, float).ravel()
-        distinct = np.unique(indices)
-        if len(indices) == 0 or len(distinct) < len(indices) or \
-                not np.isin(distinct, np.arange(n)).all():
+        distinct = np.intersect1d(indices, np.arange(n))
+        if not 0 < len(indices) == len(distinct):
             raise ValueError(f"expected distinct whole numbers from 0 to {n - 1}")
     except Exception as error:             # no file, a damaged pickle, a hostile one
         raise InputError(f"subset:{path} is not a list of indices ({first_line(error)})") from error
     return torch.from_numpy(indices).long()
 
-def read_distilled(path):
-    """(images [n, 3, H, H], targets [n, d] or labels [n] or None, rate or None) of a set in files.
+def read_distilled(path, device):
+    """The PretrainingSet in files; its rate is None if there is none.
     path: a distilled.pt, a snapshot or an init.pt of this project; images_S.pt with labels_S.pt and
     perhaps synlr_S.pt or lr_S.pt beside it, as the code of MKDT, MTT and DATM leaves them; x_syn.pt
     with y_syn.pt, as KRR-ST's does for every method."""
-    path = Path(path)
     images, targets, lr = load(path), None, None
     if isinstance(images, dict):
         images, targets, lr = (images.get(key) for key in ("images", "targets", "lr"))
@@ -455,44 +446,81 @@ def read_distilled(path):
             rate = path.with_name(path.name.replace("images_", prefix))
             if rate.exists():
                 lr = float(torch.as_tensor(load(rate)).float().mean())
-    good = torch.is_tensor(images) and images.dim() == 4 and len(images) > 0 and \
-        images.shape[1] == 3 and images.shape[2] == images.shape[3] and images.isfinite().all()
-    if good and targets is not None:
-        good = torch.is_tensor(targets) and targets.dim() in (1, 2) and \
-            len(targets) == len(images) and targets.isfinite().all()
-    if not good:
+    good = torch.is_tensor(images) and images.dim() == 4 and images.isfinite().all() and \
+        images.shape == (len(images), 3, images.shape[3], images.shape[3]) and len(images) > 0
+    matching = torch.is_tensor(targets) and targets.dim() in (1, 2) and \
+        targets.isfinite().all() and good and len(targets) == len(images)
+    if not matching:
         raise InputError(f"{path}: expected finite images [n, 3, H, H], n > 0, and beside them "
                          "representations [n, d] or labels [n]")
     if lr is not None and not 0 < lr < math.inf:
         raise InputError(f"{path}: its learned rate is {lr}")
-    if targets is not None and targets.dim() == 1:
-        targets = targets.detach().long()
-    elif targets is not None:
-        targets = targets.detach().float()
-    return images.detach().float(), targets, lr
+    kind = torch.long if targets.dim() == 1 else torch.float
+    return PretrainingSet(images.detach().to(device, torch.float),
+                          targets.detach().to(device, kind), lr, checksum(images, targets))
 
 # ---- The table: its rows and cells, and the lines of results.csv ------------------------------
 TASKS = "cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers".split()          # of Table 1
 KEY = ["set", "how", "task", "labels", "seed"]
 COLUMNS = [*KEY, "rate", "accuracy", "mse", "made_of"]
 
-@dataclass
 class Table:
-    """What a table consists of."""
-    run: Run
-    sets: Sets
-    names: list                            # a SetName for each row
-    tasks: dict                            # {name: Dataset}
-    shares: dict                           # {name of a task: shares of its labels, in percent}
-    seeds: list
-    encoders: list
-    protocol: str
-    paired: str
-    students: dict = field(default_factory=dict)       # see `student_and_loss`
+    """What can be computed of the table that the flags of eval.py ask for; what cannot is left out
+    and said. Raises InputError if nothing is left, or if a set or an encoder cannot be had.
+    names: a SetName for each row. tasks: {name: Dataset}. shares: {name of a task: shares of its
+    labels, in percent}."""
+
+    def __init__(self, run, flags):
+        self.run, self.protocol = run, PROTOCOLS[flags.protocol]
+        self.seeds, self.paired = flags.seeds, flags.paired
+        self.encoders = flags.encoders or [self.protocol.encoder or student_name(run.s)]
+        for kind in self.encoders:
+            encoder(kind, run.out_dim, run.data.image_size)
+        self.sets = Sets(run)
+        names = flags.sets or [name for name in DEFAULT_SETS
+                               if self.sets.order is not None or "high_loss" not in name]
+        self.names = [parse_set(name) for name in names]
+        if self.paired and self.paired not in [name.name for name in self.names]:
+            raise InputError(f"--paired {self.paired} is not one of the sets: {' '.join(names)}")
+        with rank_0_first():               # it distils the baselines
+            for name in self.names:
+                self.sets.get(name, self.seeds[0])
+        self.tasks, self.shares, self.left_out = {}, {}, set()
+        for name in TASKS if flags.tasks == ["all"] else flags.tasks or [run.s.dataset]:
+            try:
+                self.open_task(name, flags.labels or self.protocol.labels)
+            except InputError as error:
+                self.leave_out(name, error)
+        if not any(self.shares.values()):
+            raise InputError("nothing can be evaluated: there is no task with enough labels")
+
+    def open_task(self, name, labels):
+        """Adds a task, with those shares of its labels that leave an image."""
+        run, s = self.run, self.run.s
+        task = run.data
+        if name != s.dataset:
+            task = load_dataset(name, s.data_dir, device=s.device)
+        elif s.train_images:               # a task has all of its labels
+            task = load_dataset(run.data.source, s.data_dir, s.image_size, s.device)
+        if not task.labelled:
+            raise InputError("it has no labels to probe with in both splits")
+        self.tasks[task.name], self.shares[task.name] = task, []
+        for percent in labels:
+            try:
+                labelled_subset(task, percent, 0)
+                self.shares[task.name].append(percent)
+            except InputError as error:
+                self.leave_out(f"{name} at {percent:g}% of the labels", error)
+
+    def leave_out(self, what, error):
+        """Says, once, that something is left out of the table."""
+        if what not in self.left_out:
+            self.left_out.add(what)
+            print(f"left out: {what} ({first_line(error)})", flush=True)
 
     def how(self, kind):
         """How an encoder of that kind is trained and judged, as results.csv says it."""
-        return f"{kind}, {self.protocol}, {self.run.s.pretrain_epochs} epochs"
+        return f"{kind}, {self.protocol.name}, {self.run.s.pretrain_epochs} epochs"
 
     def made_of(self, name, seed, task):
         """A checksum of what a cell is computed from: the set, how it is used, and the task."""
@@ -500,22 +528,21 @@ class Table:
         return checksum(chosen.id, chosen.lr, s.pretrain_batch, s.objective, self.tasks[task].id)
 
     def keys(self, kind, seed, name):
-        """The KEYs of one pre-training."""
-        return [(name.name, self.how(kind), task, f"{percent:g}", str(seed))
-                for task, shares in self.shares.items() for percent in shares]
+        """{(task, share): KEY} of one pre-training."""
+        return {(task, percent): (name.name, self.how(kind), task, f"{percent:g}", str(seed))
+                for task, shares in self.shares.items() for percent in shares}
 
-def evaluate(run, sets=None, tasks=None, labels=None, seeds=(0, 1, 2), encoders=None,
-             protocol="linear", paired=None):
-    """Computes the cells that results.csv lacks; returns the table and keeps it as results.md."""
-    table = open_table(run, sets, tasks, labels, seeds, encoders, protocol, paired)
+def evaluate(run, flags=None):
+    """Computes the cells that results.csv lacks of the table that the flags of eval.py ask for, or
+    of the usual one with paired differences; returns the table and keeps it as results.md."""
+    table = Table(run, flags or parse([str(run.set_dir), "--paired"]))
     lines = valid_lines(table)
     barrier()                              # until every rank has read
     jobs = [job for job in itertools.product(table.encoders, table.seeds, table.names)
-            if any(key not in lines for key in table.keys(*job))][RANK::RANKS]
-    told = set()
+            if any(key not in lines for key in table.keys(*job).values())][RANK::RANKS]
     for done, (kind, seed, name) in enumerate(jobs):
         began = time.monotonic()
-        found = compute(table, kind, seed, name, told)
+        found = compute(table, kind, seed, name)
         lines.update(found)
         write_results(run.set_dir / f"results{f'_{RANK}' if RANK else ''}.csv", lines)
         scores = {f"{key[2]} {key[3]}%": float(line["accuracy"]) for key, line in found.items()}
@@ -531,47 +558,6 @@ def evaluate(run, sets=None, tasks=None, labels=None, seeds=(0, 1, 2), encoders=
             other.unlink()
         save_text(run.set_dir / "results.md", text)
     return text
-
-def open_table(run, sets, tasks, labels, seeds, encoders, protocol, paired):
-    """The Table of these choices, or the usual ones. What cannot be computed is left out and said;
-    raises InputError if nothing is left, or if a set or an encoder cannot be had."""
-    encoders = encoders or ["convnet_bn" if protocol == "finetune" else student_name(run.s)]
-    for kind in encoders:
-        encoder(kind, run.out_dim, run.data.image_size)
-    known = Sets(run)
-    if not sets:
-        sets = [name for name in DEFAULT_SETS if known.order is not None or "high" not in name]
-    names = [parse_set(text) for text in sets]
-    if paired and paired not in [name.name for name in names]:
-        raise InputError(f"--paired {paired} is not one of the sets: {' '.join(sets)}")
-    with rank_0_first():                   # it distils the baselines
-        for name in names:
-            known.get(name, seeds[0])
-    opened, shares = {}, {}
-    for name in TASKS if tasks == ["all"] else tasks or [run.s.dataset]:
-        try:
-            if name != run.s.dataset:
-                task = load_dataset(name, run.s.data_dir, device=run.s.device)
-            elif run.s.train_images:       # a task has all of its labels
-                task = load_dataset(run.data.source, run.s.data_dir, run.s.image_size,
-                                    run.s.device)
-            else:
-                task = run.data
-            if not task.labelled:
-                raise InputError(f"{name} has no labels to probe with in both splits")
-        except InputError as error:
-            print(f"left out: {error}", flush=True)
-            continue
-        opened[task.name], shares[task.name] = task, []
-        for percent in labels or PROTOCOLS[protocol].labels:
-            try:
-                labelled_subset(task, percent, 0)
-                shares[task.name].append(percent)
-            except InputError as error:
-                print(f"left out: {name} at {percent:g}% of the labels ({error})", flush=True)
-    if not any(shares.values()):
-        raise InputError("nothing can be evaluated: there is no task with enough labels")
-    return Table(run, known, names, opened, shares, list(seeds), encoders, protocol, paired)
 
 def valid_lines(table):
     """{KEY: line} of results.csv, and of the other ranks' files, as dicts. Lines of this table's
@@ -603,48 +589,42 @@ def write_results(path, lines):
     rows.writerows(lines.values())
     save_text(path, text.getvalue())
 
-def compute(table, kind, seed, name, told):
+def compute(table, kind, seed, name):
     """Pre-trains an encoder of that kind on the set `name` and judges it on each task: {KEY: line}.
-    What fails costs its own cells, and is said once: `told` keeps what has been said."""
+    What fails costs its own cells, and is said once."""
     lines = {}
-    scores_of = PROTOCOLS[table.protocol].scores
     try:
         chosen = table.sets.get(name, seed)
         net, mse = pretrained(table, kind, seed, name, chosen)
     except (ValueError, RuntimeError) as error:
-        tell_once(told, name.name, error)
+        table.leave_out(name.name, error)
         return lines
+    keys = table.keys(kind, seed, name)
     for task, shares in table.shares.items():
         try:
-            scores = scores_of(net, table.tasks[task], shares, seed, table.run.log)
+            scores = table.protocol.scores(net, table.tasks[task], shares, seed, table.run.log)
         except (ValueError, RuntimeError) as error:
-            tell_once(told, f"{name.name} on {task}", error)
+            table.leave_out(f"{name.name} on {task}", error)
             continue
         for percent, score in zip(shares, scores):
-            key = name.name, table.how(kind), task, f"{percent:g}", str(seed)
+            key = keys[task, percent]
             values = *key, chosen.lr or "", score, mse, table.made_of(name, seed, task)
             lines[key] = dict(zip(COLUMNS, map(str, values)))
     return lines
-
-def tell_once(told, what, error):
-    """Says that something is left out of the table, unless `told` has it already."""
-    if what not in told:
-        told.add(what)
-        print(f"left out: {what} ({first_line(error)})", flush=True)
 
 def pretrained(table, kind, seed, name, chosen):
     """(an encoder of that kind, pre-trained on the PretrainingSet `chosen`; its distance, as in Eq.
     2, from the teacher on test images, "" if they cannot be compared). Diverged if it diverges."""
     run, s = table.run, table.run.s
     objective, d, size = run.objective, run.out_dim, run.data.image_size
-    if chosen.targets is not None:         # a set made elsewhere may differ
+    if chosen.images is not None and chosen.targets.numel() > 0:           # made elsewhere?
         size, d = chosen.images.shape[-1], chosen.targets.shape[-1]
         if chosen.targets.dim() == 1:
             objective, d = OBJECTIVES["ce"], int(chosen.targets.max()) + 1
         elif objective.target != "representations":
             objective = OBJECTIVES["mse"]
-    net, loss = student_and_loss(table, kind, d, size, objective)
-    fresh = build(functools.partial(encoder, kind, d, size), seed, "evaluation encoder")
+    net, loss = encoder_and_loss(kind, d, size, objective, s.device, s.compile)
+    fresh = build(partial(encoder, kind, d, size), seed, "evaluation encoder")
     net.train().load_state_dict(fresh.state_dict())
     torch.manual_seed(stream(seed, "dropout").initial_seed())  # some of torchvision's have it
     if chosen.images is not None:
@@ -657,8 +637,7 @@ def pretrained(table, kind, seed, name, chosen):
             pretrain_ssl(net, order, chosen.images, run.data, s, chosen.lr, seed, progress)
         else:
             examples = Examples(chosen.images, chosen.targets, run.data, s)
-            pretrain(net, loss, order, examples, chosen.lr, PROTOCOLS[table.protocol].decay, seed,
-                     progress)
+            pretrain(net, loss, order, examples, chosen.lr, table.protocol.decay, seed, progress)
         if not all(p.isfinite().all() for p in net.parameters()):
             raise Diverged(f"pre-training diverged. {advice}")
     net.eval()
@@ -669,17 +648,14 @@ def pretrained(table, kind, seed, name, chosen):
     z = encode(net, run.data.test_images, run.data.normalize)
     return net, objective.loss(z, load(teacher).to(s.device)).mean().item()
 
-def student_and_loss(table, kind, d, size, objective):
-    """(an encoder on the device, its loss(x, y)). They are made once and trained again and again:
-    compiling takes longer than training."""
-    key = kind, d, size, objective
-    if key not in table.students:
-        net = encoder(kind, d, size).to(table.run.s.device).to(memory_format=torch.channels_last)
-        loss = functools.partial(mean_loss, objective, net)
-        if table.run.s.compile and objective.target != "views":
-            loss = Compiled(loss)
-        table.students[key] = net, loss
-    return table.students[key]
+@cache                           # compiling takes longer than training
+def encoder_and_loss(kind, d, size, objective, device, compiled):
+    """(an encoder on the device, its loss(x, y)): made once, and trained again and again."""
+    net = encoder(kind, d, size).to(device).to(memory_format=torch.channels_last)
+    loss = partial(mean_loss, objective, net)
+    if compiled and objective.target != "views":
+        loss = Compiled(loss)
+    return net, loss
 
 # ---- Printing the table -----------------------------------------------------------------------
 def print_table(table, lines):
@@ -693,16 +669,14 @@ def print_table(table, lines):
         for task in table.tasks:
             head += [task] + ["paper"] * bool(paper)
             head += [f"{table.paired} - row"] * bool(table.paired)
+        head.append("MSE")
         rows = []
         for percent in sorted(set(itertools.chain(*table.shares.values()))):
-            own = [line for line in lines.values() if line["how"] == table.how(kind)
-                   and line["labels"] == f"{percent:g}" and int(line["seed"]) in table.seeds
-                   and line["set"] in [name.name for name in table.names]]
-            rows += table_rows(table, own, f"{percent:g}", paper)
-        if not rows:
-            continue                       # the lines above say why
-        text += [f"## {table.run.data.name}, {table.run.s.percent:g}% distilled: {table.how(kind)}",
-                 "", f"| {' | '.join(head)} | MSE |", "|---" * (len(head) + 1) + "|", *rows, ""]
+            rows += table_rows(table, lines, kind, percent, paper)
+        if rows:
+            text.append(f"## {table.run.data.name}, {table.run.s.percent:g}% distilled: "
+                        f"{table.how(kind)}\n")
+            text += [as_line(head), as_line(["---"] * len(head)), *map(as_line, rows), ""]
     if not text:
         raise InputError("no cell of the table could be computed: see the lines above")
     text.append("Percent correct: mean ± standard deviation over seeds; best but full in bold.")
@@ -711,34 +685,38 @@ def print_table(table, lines):
                     "where there are three seeds or more (with three it is rough).")
     return "\n".join(text) + "\n"
 
-def table_rows(table, lines, percent, paper):
-    """The rows of one share of labels."""
-    scores = {}                            # {(set, task): {seed: accuracy}}
-    for line in lines:
-        seeds = scores.setdefault((line["set"], line["task"]), {})
-        seeds[line["seed"]] = float(line["accuracy"])
+def as_line(cells):
+    """A line of a table in Markdown."""
+    return f"| {' | '.join(cells)} |"
+
+def table_rows(table, lines, kind, percent, paper):
+    """The rows of one encoder and one share of labels, as lists of cells."""
+    scores, used = {}, {}                  # {(set, task): {seed: accuracy}}, {set: its lines}
+    for name, seed in itertools.product(table.names, table.seeds):
+        for (task, share), key in table.keys(kind, seed, name).items():
+            if share == percent and key in lines:
+                of = scores.setdefault((name.name, task), {})
+                of[seed] = float(lines[key]["accuracy"])
+                used.setdefault(name.name, []).append(lines[key])
     best = {}
     for (name, task), of in scores.items():
         if name != "full":
             best[task] = max(best.get(task, 0), np.mean(list(of.values())))
     rows = []
-    for name in [name.name for name in table.names]:
-        own = [line for line in lines if line["set"] == name]
-        if not own:
-            continue
+    for name, own in used.items():
         rate = own[0]["rate"]
-        row = [f"{percent}%", name, rate and f"{float(rate):.3g}",
+        row = [f"{percent:g}%", name, rate and f"{float(rate):.3g}",
                str(len({line["seed"] for line in own}))]
         for task in table.tasks:
             of = scores.get((name, task), {})
             row.append(mean_and_deviation(of, best.get(task)))
             if paper:
-                row.append(paper.get((percent, name, task), ""))
+                row.append(paper.get((f"{percent:g}", name, task), ""))
             if table.paired:
                 row.append(paired_difference(scores.get((table.paired, task), {}), of))
         distances = [float(line["mse"]) for line in own if line["mse"]]
         row.append(f"{np.mean(distances):.4f}" if distances else "")
-        rows.append(f"| {' | '.join(row)} |")
+        rows.append(row)
     return rows
 
 def mean_and_deviation(scores, best):
@@ -765,37 +743,23 @@ def paired_difference(ours, theirs):
         text += f" ± {differences.std(ddof=1) / len(differences) ** 0.5:.2f}"
     return text
 
-@functools.cache
-def paper_table():
-    """The means of the paper's tables: {(data set, percent, teacher, encoder): {(share of labels,
-    row, task): mean}}; {} if the file with them is not there."""
-    path = Path(__file__).parent / ".assets/paper_tables.txt"
-    found = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        if ": " in line and not line.startswith("#"):
-            head, tasks = line.split(": ")
-            dataset, percent, teacher, kind, *shares = head.split()
-            table = found.setdefault((dataset, percent, teacher, kind), {})
-            columns = list(itertools.product(shares, tasks.split()))
-        elif not line.startswith("#"):
-            row, *means = line.split()
-            for (labels, task), mean in zip(columns, means):
-                table[labels, row, task] = mean
-    return found
-
 def paper_means(run, kind, protocol):
-    """The paper's means for tables of this run's data set, percentage, teacher and encoder, at the
-    paper's own settings whatever ours are: {(share of labels, row, task): mean}; {} for none."""
+    """The paper's means for this run's data set, percentage and teacher and for an encoder of that
+    kind, at the paper's own settings whatever ours are: {(share of labels, set, task): mean}; {} if
+    the paper has no such table, or if the file of its tables is not there."""
     s = run.s
     teacher = s.ssl if s.objective == "mse" else s.objective
     if s.representations:
         teacher = "another"
-    names = {"convnet:128": "convnet", "resnet10:64": "resnet10", "resnet18:64": "resnet18",
-             "convnet_bn:128": "convnet_bn"}
-    kind = names.get(kind, kind)
-    if (protocol == "finetune") != (kind == "convnet_bn"):
-        return {}
-    return paper_table().get((s.dataset, f"{s.percent:g}", teacher, kind), {})
+    usual_width = ":128" if kind.startswith("convnet") else ":64"
+    wanted = [s.dataset, f"{s.percent:g}", teacher, kind.removesuffix(usual_width), protocol.name]
+    path = Path(__file__).with_name(".assets") / "paper_tables.txt"
+    means = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        *made, percent, name, task, mean = line.split()
+        if made == wanted:
+            means[percent, name, task] = mean
+    return means
 
 # ---- Command line -----------------------------------------------------------------------------
 def parse(argv=None):
@@ -830,39 +794,34 @@ def parse(argv=None):
     add_common_flags(parser)
     return parser.parse_args(argv)
 
-def open_run(args):
-    """The Run whose distilled set lies in args.set_dir, as its config.json describes it."""
-    set_dir = Path(args.set_dir).resolve()
+def open_run(flags):
+    """The Run whose distilled set lies in flags.set_dir, as its config.json describes it."""
+    set_dir = Path(flags.set_dir).resolve()
     entry = read_config(set_dir / "config.json").get("set")
     if entry is None:
         raise InputError(f"{set_dir}/config.json describes no distilled set: give a set's folder")
-    settings = entry["settings"]
-    epochs = args.epochs
-    if epochs is None:
-        epochs = 1000 if args.protocol == "finetune" else settings["pretrain_epochs"]
-    if epochs < 1:
-        raise InputError(f"--epochs {epochs} must be at least 1")
-    for percent in args.labels or []:
+    if flags.epochs is not None and flags.epochs < 1:
+        raise InputError(f"--epochs {flags.epochs} must be at least 1")
+    for percent in flags.labels or []:
         if not 0 < percent <= 100:
             raise InputError(f"--labels {percent:g} must be above 0 and at most 100")
-    data = load_dataset(args.dataset or entry["dataset"], args.data_dir, settings["image_size"],
-                        args.device, settings["train_images"])
+    s = argparse.Namespace(**entry["settings"], dataset=entry["dataset"], data_dir=flags.data_dir,
+                           device=flags.device)
+    s.compile = compile_pays(flags, s.width)
+    s.pretrain_epochs = flags.epochs or PROTOCOLS[flags.protocol].epochs or s.pretrain_epochs
+    where = flags.dataset or s.dataset
+    data = load_dataset(where, s.data_dir, s.image_size, s.device, s.train_images)
     if data.images_id != entry["made"]["images"]:
-        raise InputError(f"the images of {args.dataset or entry['dataset']} are not those that "
-                         f"{set_dir} was made from: say where these lie with --dataset")
-    changed = {"dataset": entry["dataset"], "data_dir": args.data_dir, "device": args.device,
-               "pretrain_epochs": epochs, "compile": compile_pays(args, settings["width"])}
-    s = argparse.Namespace(**{**settings, **changed})
+        raise InputError(f"the images of {where} are not those that {set_dir} was made from: say "
+                         "where these lie with --dataset")
     return Run(s, data, set_dir.parent, set_dir, Log(set_dir / "log.jsonl"))
 
 def main(argv=None):
     """The command line; see the top of this file."""
-    args = parse(argv)
+    flags = parse(argv)
     with command_line("eval.py"):
-        args.device = start(args.device)
-        run = open_run(args)
-        print("\n" + evaluate(run, args.sets, args.tasks, args.labels, args.seeds, args.encoders,
-                              args.protocol, args.paired))
+        flags.device = start(flags.device)
+        print("\n" + evaluate(open_run(flags), flags))
 
 if __name__ == "__main__":
     main()

@@ -18,12 +18,11 @@ Each stage writes its result last, and a stage whose result exists is skipped. I
 interrupted, run the same command again: it resumes from its last checkpoint."""
 import argparse
 import ast
-import functools
 import json
-import math
 import textwrap
 import time
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,7 +105,7 @@ def loss_per_image(f, thetas, data, z, objective):
     Z_T, z [n, d], averaged over the experts' weights `thetas` [P] after their first epoch."""
     losses = []
     for theta in thetas:
-        outputs = encode(functools.partial(f, theta), data.train_images, data.normalize)
+        outputs = encode(partial(f, theta), data.train_images, data.normalize)
         losses.append(objective.loss(outputs, z).view(len(z), -1).mean(dim=1))
     return torch.stack(losses).mean(dim=0)
 
@@ -120,8 +119,7 @@ def random_images(data, targets, order, count, rng):
 
 def subset(data, targets, chosen):
     """(normalised images [n, 3, H, W], their targets) of the indices `chosen`."""
-    images = data.normalize(data.train_images[chosen])
-    return images, None if targets is None else targets[chosen]
+    return data.normalize(data.train_images[chosen]), targets[chosen]
 
 # Name of --init: make(data, Z_T [N, d] or labels [N], the indices of all images by their loss of
 # section 4.2, how many images, a torch.Generator) -> normalised images, their targets.
@@ -218,8 +216,8 @@ def draw_batches(n, count, batch_size, rng, device="cpu"):
 
 @dataclass
 class Distilled:
-    """A distilled set: D_syn [n, 3, H, W], normalised; Z_syn [n, d] (labels [n], or None for
-    views), which stays fixed; alpha_syn []; and D_syn as it began."""
+    """A distilled set: D_syn [n, 3, H, W], normalised; Z_syn [n, d] (labels [n]; [n, 0] for views),
+    which stays fixed; alpha_syn []; and D_syn as it began."""
     images: torch.Tensor
     targets: torch.Tensor
     lr: torch.Tensor
@@ -262,29 +260,30 @@ def distill(inner, experts, syn, optimizer, targets_of, s, progress):
 
 # ---- Settings: each is a flag of the command line and is kept in config.json -------------------
 class Setting(NamedTuple):
-    """A setting, with its range. only: (another setting, its value), without which this one has no
-    effect. Defaults are the paper's CIFAR-10 at 2%, but for expert_epochs (20) and clip (0)."""
+    """A setting, with its range. only: the value of --ssl without which it has no effect. Defaults
+    are the paper's for CIFAR-10 at 2%, but for expert_epochs (20) and clip (0)."""
     default: object
     help: str
     low: float = 0
-    high: float = math.inf
+    high: float = 1e9
     choices: tuple = ()
-    only: tuple = ()
+    only: str = ""
 
 SETTINGS = {
-    "teacher": {
+    "data": {                              # `identity` knows them by their contents
         "train_images": Setting(0, "use only this many training images, drawn at random; 0: all"),
         "image_size": Setting(0, "side in pixels to resize images to; 0: their own (folders: 32)"),
         "representations": Setting("", "a .pt or .npy file [n, d] from any model, not a teacher"),
+    },
+    "teacher": {
         "ssl": Setting("barlow", "self-supervised loss", choices=SSL),
         "teacher_width": Setting(64, "channels of the ResNet-18; 8 x as many in its last stage", 1),
         "teacher_epochs": Setting(1000, "epochs of self-supervised training (simclr: 400)", 1),
         "teacher_batch": Setting(256, "images a step, two views of each (simclr: 512)", 2),
         "teacher_lr": Setting(0.01, "peak learning rate of Adam (simclr: 0.001, constant)"),
         "teacher_decay": Setting(1e-6, "weight decay of Adam"),
-        "lambd": Setting(1 / 128, "lambda, the weight of Eq. 1's off-diagonal terms",
-                         only=("ssl", "barlow")),
-        "temperature": Setting(0.5, "temperature of SimCLR's loss", 1e-6, only=("ssl", "simclr")),
+        "lambd": Setting(1 / 128, "lambda, the weight of Eq. 1's off-diagonals", only="barlow"),
+        "temperature": Setting(0.5, "temperature of SimCLR's loss", 1e-6, only="simclr"),
         "crop_scale": Setting(0.08, "smallest share of an image that a random crop keeps", 1e-6, 1),
         "grey": Setting(0.2, "probability that a view is made grey", 0, 1),
         "max_pool": Setting(0, "1: the teacher's stem ends in max-pooling (TinyImageNet)", 0, 1),
@@ -327,9 +326,7 @@ SETTINGS = {
         "pretrain_lr": Setting(0.1, "learning rate of pre-training on real images"),
     },
 }
-TITLES = {"teacher": "teacher (Algorithm 1, line 1)", "experts": "experts (line 2)",
-          "init": "initial distilled set (line 3)", "distill": "distillation (lines 4 - 19)",
-          "length": "length", "eval": "evaluation (section 5; more: eval.py --help)"}
+ALL_SETTINGS = {name: setting for group in SETTINGS.values() for name, setting in group.items()}
 
 # What differs by data set (the teacher: peers' recipes), and by percentage (Tables 8 and 9).
 DATASETS = {
@@ -353,67 +350,53 @@ TABLES_8_AND_9 = {                         # N, M, T+, pixel_lr
 }
 # A.2 names no learning rate for the inner steps of MTT; MTT's code begins at 0.01 on CIFAR-10.
 MTT = dict(syn_lr=0.01, syn_lr_lr=1e-5, init="random")
-BY_LOSS = {
-    ("ssl", "simclr"): dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3),
-    ("objective", "ssl"): dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, **MTT),
-    ("objective", "ce"): dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0,
-                              expert_decay=0.0, **MTT),
+BY_LOSS = {                                # by --ssl, and by --objective
+    "simclr": dict(teacher_epochs=400, teacher_batch=512, teacher_lr=1e-3),
+    "ssl": dict(expert_batch=1024, expert_lr=1e-3, expert_decay=1e-6, **MTT),
+    "ce": dict(expert_batch=256, expert_lr=0.01, expert_momentum=0.0, expert_decay=0.0, **MTT),
 }
 
 def resolve(dataset, given, image_size=32):
     """All settings of a run on `dataset`, {name: value}: the paper's, changed by those of the data
-    set, of the percentage and of the losses, and by `given`; and sentences on what was chosen."""
+    set, of the percentage and of the losses, and by `given`. Says what was chosen for the user."""
     known = dataset
     if dataset not in DATASETS:
         known = "tinyimagenet" if image_size >= 64 else "cifar10"
-    defaults = {name: setting.default for name, setting in all_settings()}
+    defaults = {name: setting.default for name, setting in ALL_SETTINGS.items()}
     percent = {**defaults, **DATASETS[known], **given}["percent"]
     published = [p for name, p in TABLES_8_AND_9 if name == known]
     row = min(published, key=lambda p: abs(p - percent))
-    by_ssl = BY_LOSS.get(("ssl", given.get("ssl")), {})
-    by_objective = BY_LOSS.get(("objective", given.get("objective")), {})
-    table = dict(zip(ROW, TABLES_8_AND_9[known, row]))
-    values = {**defaults, **by_ssl, **DATASETS[known], **table, **by_objective, **given}
+    values = {**defaults, **BY_LOSS.get(given.get("ssl"), {}), **DATASETS[known],
+              **dict(zip(ROW, TABLES_8_AND_9[known, row])),
+              **BY_LOSS.get(given.get("objective"), {}), **given}
     if values["representations"] and "standardize" not in given:
         values["standardize"] = 0
-    notes = []
     if known != dataset:
-        notes.append(f"there are no settings for {dataset}: using those for {known} at {row}%")
+        print(f"there are no settings for {dataset}: using those for {known} at {row}%")
     elif percent not in published:
-        notes.append(f"there are no settings for {percent:g}% of {known}: using those for {row}%")
-    check_settings(values)
-    return values, notes
+        print(f"there are no settings for {percent:g}% of {known}: using those for {row}%")
+    return values
 
-def all_settings():
-    """[(name, Setting), ...]"""
-    return [pair for settings in SETTINGS.values() for pair in settings.items()]
-
-def check_settings(values):
+def check_settings(given):
     """Raises InputError for a setting that cannot be."""
-    for name, setting in all_settings():
-        value = values.get(name, setting.default)
+    for name, value in given.items():
+        setting = ALL_SETTINGS[name]
         flag = f"--{name.replace('_', '-')} {value}"
         if setting.choices and value not in setting.choices:
             raise InputError(f"{flag}: choose from {', '.join(setting.choices)}")
-        if isinstance(value, str):
-            continue
-        if not setting.low <= value <= setting.high or value == math.inf:
-            upper = f" and at most {setting.high:g}" if setting.high < math.inf else ""
-            raise InputError(f"{flag} must be finite, at least {setting.low:g}{upper}")
-    if values.get("representations") and values.get("standardize"):
+        if not isinstance(value, str) and not setting.low <= value <= setting.high:
+            raise InputError(f"{flag} must be at least {setting.low:g} and at most "
+                             f"{setting.high:g}")
+    if given.get("representations") and given.get("standardize"):
         raise InputError("--standardize 1 is a setting of the teacher, and with --representations "
                          "there is none: leave it out, and standardise the file yourself")
 
-def plays_a_role(values, stage, name, setting):
-    """Whether a setting makes a difference to a run with these settings."""
-    if values[name] == "":
-        return False
-    if setting.only and values[setting.only[0]] != setting.only[1]:
-        return False
-    return stage != "teacher" or not values["representations"] or name in BY_CONTENTS
-
-# Settings that decide what the images and the representations are, which are known by contents.
-BY_CONTENTS = "train_images", "image_size", "representations"
+def settings_of(s, stage):
+    """{name: value} of a stage's settings that make a difference to it."""
+    if stage == "teacher" and s.representations:
+        return {}
+    return {name: vars(s)[name] for name, setting in SETTINGS[stage].items()
+            if setting.only in ("", s.ssl)}
 
 # ---- The stages: what ties the above to files -------------------------------------------------
 def teacher_stage(run):
@@ -423,11 +406,11 @@ def teacher_stage(run):
     if path.exists() or run.objective.target != "representations":
         return
     if s.representations:
-        if RANK == 0:
-            save(path, read_representations(s.representations, len(data.train_images)))
+        record(run, "teacher")
+        save(path, read_representations(s.representations, len(data.train_images)))
         return
-    f_T = build(functools.partial(teacher_network, s, data.image_size), s.seed, "teacher")
-    head = build(functools.partial(SSL[s.ssl].projector, f_T.feature_dim), s.seed, "projector")
+    f_T = build(partial(teacher_network, s, data.image_size), s.seed, "teacher")
+    head = build(partial(SSL[s.ssl].projector, f_T.feature_dim), s.seed, "projector")
     model = torch.nn.Sequential(f_T, head).to(s.device).to(memory_format=torch.channels_last)
     if RANKS > 1 and s.device.type == "cuda":                  # torch cannot do this on CPUs
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -436,7 +419,7 @@ def teacher_stage(run):
 
     def probe(step):
         """Says how well the teacher does so far, if there are enough labels."""
-        if RANK == 0 and data.labelled and (data.train_labels >= 0).sum() >= 20:
+        if data.labelled and (data.train_labels >= 0).sum() >= 20:
             model.eval()
             accuracy, = linear_scores(model[0], data, [5], s.seed)
             run.log("teacher", step, steps, probe=accuracy)
@@ -446,18 +429,20 @@ def teacher_stage(run):
     advice = (f"Lower --teacher-lr (now {s.teacher_lr:g}), and give another --run-dir or delete "
               f"{checkpoint}, which holds the last good state, if it is there.")
     progress = Progress("teacher", steps, run.log, checkpoint, advice, max(1, steps // 3), probe,
-                        model=model, optimizer=optimizer)
+                        model=model, optimizer=optimizer, **identity(run, "teacher"))
     train_teacher(model, optimizer, data, s, progress)
     model.eval()
+    if RANK > 0:                           # on CPUs each rank has a batch norm of its own
+        return
     z = encode(model[0], data.train_images, data.normalize).cpu()
     check_representations(z, len(z), f"the teacher failed: lower --teacher-lr {s.teacher_lr}")
-    if RANK == 0:
-        save(run.run_dir / "teacher.pt", model[0].state_dict())
-        if len(data.test_images):
-            z_test = encode(model[0], data.test_images, data.normalize)
-            save(run.run_dir / "representations_test.pt", z_test.cpu())
-        save(path, z)                                          # last: the stage is done
-        checkpoint.unlink(missing_ok=True)
+    record(run, "teacher")
+    save(run.run_dir / "teacher.pt", model[0].state_dict())
+    if len(data.test_images):
+        z_test = encode(model[0], data.test_images, data.normalize)
+        save(run.run_dir / "representations_test.pt", z_test.cpu())
+    save(path, z)                                              # last: the stage is done
+    checkpoint.unlink(missing_ok=True)
 
 def read_representations(path, n):
     """The array [n, d] in a .npy or torch file, detached."""
@@ -484,16 +469,15 @@ def experts_stage(run):
     s, data = run.s, run.data
     missing = [i for i in range(s.experts) if not run.expert_file(i).exists()][RANK::RANKS]
     barrier()                              # until every rank has looked
-    make = functools.partial(encoder, student_name(s), run.out_dim, data.image_size)
     student = run.student().to(memory_format=torch.channels_last)
-    loss = functools.partial(mean_loss, run.objective, student)
+    loss = partial(mean_loss, run.objective, student)
     if run.can_compile:
         loss = Compiled(loss)
     examples = Examples(data.train_images, run.targets, data, s)
     advice = f"Lower --expert-lr (now {s.expert_lr:g})."
     for done, i in enumerate(missing):
         began = time.monotonic()
-        fresh = build(make, s.seed, "expert", 0 if s.same_start else i)
+        fresh = build(run.student, s.seed, "expert", 0 if s.same_start else i)
         student.load_state_dict(fresh.state_dict())
         seed = stream(s.seed, "expert", i).initial_seed()
         order = list(batches(len(data.train_images), s.expert_batch, s.expert_epochs, seed,
@@ -502,28 +486,26 @@ def experts_stage(run):
         trajectory, losses = train_expert(student, loss, order, examples, s, seed, progress)
         if not trajectory[-1].isfinite().all():
             raise Diverged(f"expert {i} diverged. {advice}")
+        record(run, "experts")
         save(run.expert_file(i), trajectory)
         epochs = {f"epoch {e + 1}": float(value) for e, value in enumerate(losses)}
         run.log("experts", done + 1, len(missing), 1 / (time.monotonic() - began), **epochs)
 
 def load_experts(run, count):
     """The first experts, [T + 1, P] each; they are read from their files as they are used."""
-    needed = run.s.max_start_epoch + run.s.match_epochs
-    size = len(flat_parameters(run.student()))
-    experts = []
-    for i in range(count):
-        expert = load(run.expert_file(i), mmap=True)
-        if expert.dim() != 2 or len(expert) <= needed or expert.shape[1] != size:
+    expected = run.s.expert_epochs + 1, len(flat_parameters(run.student()))
+    experts = [load(run.expert_file(i), mmap=True) for i in range(count)]
+    for i, expert in enumerate(experts):
+        if expert.shape != expected:
             raise InputError(f"{run.expert_file(i)} holds {list(expert.shape)}, not the trajectory "
-                             f"of {size} weights over {needed} epochs: delete it")
-        experts.append(expert)
+                             f"[T + 1, P] = {list(expected)}: delete it")
     return experts
 
 def init_stage(run):
     """SET/init.pt: D_syn and Z_syn as distillation begins, and the order of all images by loss."""
     s, data = run.s, run.data
     path = run.set_dir / "init.pt"
-    if path.exists() or RANK > 0:
+    if path.exists():
         return
     order = None
     if run.objective.target == "representations":
@@ -533,41 +515,33 @@ def init_stage(run):
         order = losses.cpu().sort(descending=True, stable=True).indices        # ties: lower index
     count = share(len(data.train_images), s.percent, "--percent")
     images, targets = STARTS[s.init](data, run.targets, order, count, stream(s.seed, "init"))
-    save_present(path, images=images, targets=targets, order=order)
+    record(run, "set")
+    save(path, {"images": images.contiguous(), "targets": targets, "order": order})
 
 def loss_of_theta(run):
     """loss(theta, x, y), the objective's mean for a student with weights theta: L_MSE of Eq. 8."""
     f = functional(run.student())
-    return lambda theta, x, y: mean_loss(run.objective, functools.partial(f, theta), x, y)
-
-def save_present(path, **values):
-    """Saves a dict of those values that are not None; tensors as they are on the CPU."""
-    kept = {}
-    for name, value in values.items():
-        if value is not None:
-            kept[name] = value.detach().cpu().contiguous() if torch.is_tensor(value) else value
-    save(path, kept)
+    return lambda theta, x, y: mean_loss(run.objective, partial(f, theta), x, y)
 
 def distill_stage(run):
-    """SET/distilled.pt, its snapshots every 1,000 iterations, and pictures."""
+    """SET/distilled.pt, its snapshots every 1,000 iterations, and a picture."""
     s, data = run.s, run.data
     path = run.set_dir / "distilled.pt"
     if path.exists() and load(path)["iterations"] >= s.iterations:
         print(f"distill: {path} has {load(path)['iterations']} iterations already")
         return
     init = load(run.set_dir / "init.pt")
-    targets = init["targets"].to(s.device) if "targets" in init else None
-    syn, optimizer = new_distilled(init["images"].to(s.device), targets, s)
+    syn, optimizer = new_distilled(init["images"].to(s.device), init["targets"].to(s.device), s)
     experts = load_experts(run, s.experts)
 
     def keep(iteration, path=None):
         """Writes the set as it is after so many iterations, as a snapshot or to `path`."""
-        if RANK == 0:
-            save_present(path or run.set_dir / f"distilled_{iteration:05d}.pt", images=syn.images,
-                         targets=syn.targets, lr=syn.lr.item(), iterations=iteration,
-                         mean=data.mean.flatten(), std=data.std.flatten())
+        save(path or run.set_dir / f"distilled_{iteration:05d}.pt",
+             {"images": syn.images.cpu(), "targets": init["targets"], "lr": syn.lr.item(),
+              "iterations": iteration, "mean": data.mean.flatten().cpu(),
+              "std": data.std.flatten().cpu()})
 
-    two_shapes = functools.partial(Compiled, max_shapes=2)     # full batches, and a pass's last one
+    two_shapes = partial(Compiled, max_shapes=2)     # full batches, and a pass's last one
     inner = InnerStep(loss_of_theta(run), two_shapes if run.can_compile else None)
     advice = (f"Under another --name, lower --pixel-lr (now {s.pixel_lr:g}) or --syn-lr-lr (now "
               f"{s.syn_lr_lr:g}), or bound the steps with --clip (now {s.clip:g}).")
@@ -578,9 +552,17 @@ def distill_stage(run):
                          f"--iterations {progress.first_step} or more, or another --name")
     targets_of = Examples(syn.images, syn.targets, data, s).y
     distill(inner, experts, syn, optimizer, targets_of, s, progress)
-    if RANK == 0:
-        draw_results(run, syn)
+    draw_images(run, syn)
     keep(s.iterations, path)                                   # last: the stage is done
+
+def draw_images(run, syn):
+    """SET/distilled.png: ten images as they began, above the same distilled."""
+    count = min(10, len(syn.images))
+    pairs = torch.cat([syn.initial[:count], syn.images[:count]])
+    tiles = run.data.denormalize(pairs).clamp(0, 1)
+    zoomed = torch.nn.functional.interpolate(tiles, scale_factor=3)
+    with whole_file(run.set_dir / "distilled.png") as file:
+        save_image(make_grid(zoomed, nrow=count, pad_value=1), file, format="png")
 
 def eval_stage(run):
     """SET/results.csv, results.md: the distilled set and its baselines but for the full data."""
@@ -588,55 +570,11 @@ def eval_stage(run):
         print(f"eval: {run.data.name} cannot be probed without labels in both splits. To probe on "
               f"another data set:\n    python eval.py {run.set_dir} --tasks cifar10")
         return
-    print(f"\n{evaluate(run, paired='mkdt')}\nresults: {run.set_dir / 'results.md'}\n"
+    print(f"\n{evaluate(run)}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
 
 STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage,
           "distill": distill_stage, "eval": eval_stage}
-
-# ---- Pictures ---------------------------------------------------------------------------------
-def draw_results(run, syn):
-    """distilled.png: ten images as they began, above the same distilled; curves.png."""
-    count = min(10, len(syn.images))
-    pairs = torch.cat([syn.initial[:count], syn.images[:count]])
-    tiles = run.data.denormalize(pairs).clamp(0, 1)
-    zoomed = torch.nn.functional.interpolate(tiles, scale_factor=3)
-    with whole_file(run.set_dir / "distilled.png") as file:
-        save_image(make_grid(zoomed, nrow=count, pad_value=1), file, format="png")
-    curves = {name: {name: logged(run, name)} for name in ("loss", "lr", "moved")}
-    draw_plot(run.set_dir / "curves.png", "iteration", curves)
-
-def logged(run, name):
-    """[(iteration, value), ...] of a quantity in the log of distillation; what was done again after
-    an interruption replaces what was there."""
-    points = {}
-    for line in run.log.path.read_text().splitlines() if run.log.path.exists() else []:
-        try:
-            values = json.loads(line)
-        except ValueError:                                     # a line that a kill cut off
-            continue
-        if values["stage"] == "distill" and name in values:
-            points = {step: value for step, value in points.items() if step < values["step"]}
-            points[values["step"]] = values[name]
-    return sorted(points.items())
-
-def draw_plot(path, xlabel, panels, log=()):
-    """A plot of {panel: {line: [(x, y), ...]}}, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"no {path.name}: it takes matplotlib (pip install matplotlib)")
-        return
-    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-    colours = {}                           # one for each line, in all panels
-    for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for name, points in lines.items():
-            colour = colours.setdefault(name, f"C{len(colours)}")
-            axes.plot(*zip(*points), label=name, color=colour)
-        axes.set(title=panel, xlabel=xlabel, yscale="log" if panel in log else "linear")
-        axes.legend(fontsize="small")
-    with whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=120)
 
 # ---- Runs: their folders, and what config.json says of them -----------------------------------
 def open_run(args, given, **changed):
@@ -645,9 +583,7 @@ def open_run(args, given, **changed):
     check_settings(given)
     data = load_dataset(args.dataset, args.data_dir, given.get("image_size", 0), args.device,
                         given.get("train_images", 0))
-    settings, notes = resolve(args.dataset, given, data.image_size)
-    for note in notes:
-        print(note, flush=True)
+    settings = resolve(args.dataset, given, data.image_size)
     s = argparse.Namespace(**{**vars(args), **settings, **changed})
     s.compile = compile_pays(args, s.width)
     share(len(data.train_images), s.percent, "--percent")
@@ -667,9 +603,9 @@ def open_run(args, given, **changed):
     log = Log(run_dir / name / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
     return Run(s, data, run_dir, run_dir / name, log)
 
-# The entries of config.json: the files that each is about, and the stages whose settings it holds.
+# The sections of config.json: the files that each is about, and the stages whose settings it holds.
 # A distilled set has a folder, and so a config.json, of its own.
-FILES = {"teacher": ["teacher*.pt", "representations*.pt"], "experts": ["experts/*.pt"],
+FILES = {"teacher": ["teacher.pt", "representations*.pt"], "experts": ["experts/*.pt"],
          "set": ["init.pt", "distill*.pt", "krr_st_*", "dm_*"]}
 MADE_BY = {"teacher": ["teacher"], "experts": ["teacher", "experts"],
            "set": ["teacher", "experts", "init", "distill"]}
@@ -688,89 +624,80 @@ def identity(run, section):
     known by their contents, wherever they lie."""
     s = run.s
     made = {"images": run.data.images_id, "seed": s.seed}
+    for stage in MADE_BY[section]:
+        made.update(settings_of(s, stage))
     if run.objective.target == "labels":
         made["labels"] = checksum(run.data.train_labels)
-    for stage in MADE_BY[section]:
-        for name, setting in SETTINGS[stage].items():
-            if plays_a_role(vars(s), stage, name, setting) and name not in BY_CONTENTS:
-                made[name] = vars(s)[name]
-    kept = run.run_dir / "representations.pt"
-    if run.objective.target != "representations":
-        return made
-    if s.representations and (Path(s.representations).exists() or not kept.exists()):
+    elif run.objective.target == "representations" and section != "teacher":
+        made["representations"] = checksum(load(run.run_dir / "representations.pt"))
+    elif s.representations:
         z = read_representations(s.representations, len(run.data.train_images))
         made["representations"] = checksum(z)
-    elif kept.exists() and (s.representations or section != "teacher"):
-        made["representations"] = checksum(load(kept))
     return made
 
-def claim(run, stage):
-    """Checks that what `stage` builds on, and what exists of itself, was made with these settings,
-    and keeps them in config.json. An entry without a result is replaced: a failure that has left
-    nothing can be mended. Raises InputError with what differs and what can be done."""
-    order = list(FILES)
+def check(run, stage):
+    """Raises InputError if what `stage` builds on, or what exists of itself, was made with other
+    settings or in another order."""
+    sections = list(FILES)
     own = stage if stage in FILES else "set"
     if own == "teacher" and run.objective.target != "representations":
         return                             # there is none, so that nothing is built on it
-    for section in order[:order.index(own) + 1]:
-        if existing(run, section):
-            compare(run, section)
-    if existing(run, own):
-        return
-    for later in order[order.index(own) + 1:]:
-        if existing(run, later):
+    position = sections.index(own)
+    for section in sections[:position + 1]:
+        folder = folder_of(run, section)
+        entry = read_config(folder / "config.json").get(section)
+        if not existing(run, section):
+            continue
+        if entry is None:
+            refuse(run, section, "is not described in config.json")
+        then, now = entry["made"], identity(run, section)
+        differences = [f"{name} {then.get(name)} -> {now.get(name)}" for name in {**then, **now}
+                       if then.get(name) != now.get(name)]
+        if differences:
+            refuse(run, section, f"was made with other settings ({', '.join(differences)})")
+        if entry["code"] != code_version():
+            print(f"note: the {section} in {folder} was made by other code")
+    for later in sections[position + 1:]:
+        if existing(run, later) and not existing(run, own):
             refuse(run, later, "was made before the results that it builds on")
-    path = folder_of(run, own) / "config.json"
-    settings = {name: vars(run.s)[name] for name, _ in all_settings()}
-    entry = {"made": identity(run, own), "code": code_version(), "dataset": run.s.dataset,
-             "settings": settings}
-    if RANK == 0:
-        save_text(path, json.dumps({**read_config(path), own: entry}, indent=2) + "\n")
-
-def compare(run, section):
-    """Compares how a section was made with how it would be made now."""
-    entry = read_config(folder_of(run, section) / "config.json").get(section)
-    if entry is None:
-        refuse(run, section, "is not described in config.json")
-    then, now = entry["made"], identity(run, section)
-    differences = [f"{name} {then.get(name)} -> {now.get(name)}" for name in {**then, **now}
-                   if then.get(name) != now.get(name)]
-    if differences:
-        refuse(run, section, f"was made with other settings ({', '.join(differences)})")
-    if entry["code"] != code_version():
-        print(f"note: the {section} in {folder_of(run, section)} was made by other code")
 
 def refuse(run, section, reason):
     """Raises InputError: a section cannot be used, for this reason; and what can be done."""
-    order = list(FILES)
     files = []
-    for later in order[order.index(section):]:
+    for later in list(FILES)[list(FILES).index(section):]:
         files += existing(run, later)
     flag = "--name" if section == "set" else "--run-dir"
     raise InputError(f"the {section} in {folder_of(run, section)} {reason}. Give another {flag}, "
                      f"or delete {' '.join(files)}")
 
-@functools.cache
+def record(run, section):
+    """Writes how a section is made into config.json, just before its first result is saved."""
+    if existing(run, section):
+        return
+    path = folder_of(run, section) / "config.json"
+    settings = {name: vars(run.s)[name] for name in ALL_SETTINGS}
+    entry = {"made": identity(run, section), "code": code_version(), "dataset": run.s.dataset,
+             "settings": settings}
+    save_text(path, json.dumps({**read_config(path), section: entry}, indent=2) + "\n")
+
+@cache
 def code_version():
     """A checksum of the code without its comments, docstrings and layout."""
     trees = []
     for name in ("data.py", "models.py", "eval.py", "mkdt.py"):
         tree = ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))
         for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Module)):
-                if ast.get_docstring(node):
-                    del node.body[0]
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""      # a docstring
         trees.append(ast.dump(tree))
     return checksum(*trees)
 
 def execute(run, stage):
     """Runs one stage, if it is not done."""
-    claim(run, stage)
-    told = []
-    for name, setting in SETTINGS[stage].items():
-        value = vars(run.s)[name]
-        if plays_a_role(vars(run.s), stage, name, setting) and (value or name not in BY_CONTENTS):
-            told.append(f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}")
+    check(run, stage)
+    run.set_dir.mkdir(parents=True, exist_ok=True)
+    told = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in settings_of(run.s, stage).items()]
     print(textwrap.fill(f"{stage}: {'  '.join(told)}", 100, subsequent_indent="    ",
                         break_on_hyphens=False), flush=True)
     STAGES[stage](run)
@@ -808,7 +735,11 @@ def figure1_stage(args, given, run):
                 print(f"figure1: {name}: {error}")             # that is a result as well
         experts = torch.stack(load_experts(own, 5))            # [5, T + 1, P]
         if name != "mtt_ssl_4096":                             # it differs in its batch alone
-            panels["gradient noise"][name] = list(enumerate(noise_along(own, experts[0])))
+            gradient = torch.func.grad(loss_of_theta(own))
+            examples = Examples(own.data.train_images, own.targets, own.data, own.s)
+            noise = [gradient_noise(gradient, theta.to(own.s.device), examples, len(own.targets),
+                                    own.s.seed) for theta in experts[0]]
+            panels["gradient noise"][name] = list(enumerate(noise))
         if name != "mkdt":                                     # its optimiser carries it farther
             variance = experts.var(dim=0, correction=0).mean(dim=1)                    # Fig. 1a
             panels["trajectory variance"][name] = list(enumerate(variance.tolist()))[1:]
@@ -819,18 +750,10 @@ def figure1_stage(args, given, run):
         for name, points in systems.items():
             lines += [f"{panel},{name},{x},{y}" for x, y in points]
     save_text(root / "figure1.csv", "\n".join([*lines, ""]))
-    draw_plot(root / "figure1.png", "epoch, iteration", panels,
-              log=("gradient noise", "trajectory variance", "moved"))
+    draw_plot(root / "figure1.png", panels)
     print(f"figure1: {root}/figure1.csv")
 
-def noise_along(run, expert, batch_size=256):
-    """`gradient_noise` of a run's objective at each epoch of one of its experts [T + 1, P]."""
-    gradient = torch.func.grad(loss_of_theta(run))
-    examples = Examples(run.data.train_images, run.targets, run.data, run.s)
-    return [gradient_noise(gradient, theta.to(run.s.device), examples, len(examples.images),
-                           batch_size, run.s.seed) for theta in expert]
-
-def gradient_noise(gradient, theta, examples, n, batch_size, seed, count=32):
+def gradient_noise(gradient, theta, examples, n, seed, batch_size=256, count=32):
     """tr Cov(g_B) / |E g_B|^2 of the mini-batch gradient at theta [P]: what Theorem 4.1 is about,
     without a scale. From `count` batches of n images; both parts are estimated without bias."""
     total = torch.zeros_like(theta, dtype=torch.float64)
@@ -844,6 +767,39 @@ def gradient_noise(gradient, theta, examples, n, batch_size, seed, count=32):
     mean_square = float((total / count).square().sum())
     covariance = (squares - count * mean_square) / (count - 1)
     return covariance / max(mean_square - covariance / count, 1e-30)
+
+def logged(run, name):
+    """[(iteration, value), ...] of a quantity in the log of distillation; what was done again after
+    an interruption replaces what was there."""
+    points = {}
+    for line in run.log.path.read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:                                     # a line that a kill cut off
+            continue
+        if values["stage"] == "distill" and name in values:
+            points = {step: value for step, value in points.items() if step < values["step"]}
+            points[values["step"]] = values[name]
+    return sorted(points.items())
+
+def draw_plot(path, panels):
+    """A plot of {panel: {line: [(x, y), ...]}}, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: it takes matplotlib (pip install matplotlib)")
+        return
+    figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
+    colours = {}                           # one for each line, in all panels
+    for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name, points in lines.items():
+            colour = colours.setdefault(name, f"C{len(colours)}")
+            axes.plot(*zip(*points), label=name, color=colour)
+        axes.set(title=panel, xlabel="epoch, iteration",
+                 yscale="linear" if panel == "loss" else "log")
+        axes.legend(fontsize="small")
+    with whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 # ---- Command line -----------------------------------------------------------------------------
 def parse(argv=None):
@@ -863,7 +819,7 @@ def parse(argv=None):
     add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
     add_common_flags(parser)
     for stage, settings in SETTINGS.items():
-        group = parser.add_argument_group(TITLES[stage])
+        group = parser.add_argument_group(stage)
         for name, setting in settings.items():
             kind = type(setting.default)
             choices = f": {', '.join(setting.choices)}" if setting.choices else ""
@@ -871,7 +827,7 @@ def parse(argv=None):
                                metavar=kind.__name__.upper(),
                                help=f"{setting.help}{choices} (default: {setting.default})")
     args = vars(parser.parse_args(argv))
-    given = {name: args.pop(name) for name, _ in all_settings() if name in args}
+    given = {name: args.pop(name) for name in ALL_SETTINGS if name in args}
     return argparse.Namespace(**args), given
 
 def main(argv=None):

@@ -7,12 +7,13 @@
     Run             a run's settings, its data and where its files lie
 
 To try an idea, write a function or a class and add it to the dict of its kind."""
-import functools
 import hashlib
 import json
 import math
+import re
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -109,7 +110,14 @@ class ResNet(nn.Module):
         channels = width
         for stage, count in enumerate(blocks):
             if stage > 0:
-                self.layers.append(downsampling_block(channels))
+                block = BasicBlock(channels, 2 * channels, stride=2)
+                # The shortcut picks every second pixel by a pooling window of one, and convolves:
+                # equal to a 1x1 convolution with stride, whose gradient writes past its memory in
+                # oneDNN (its issue 6035).
+                block.downsample = nn.Sequential(nn.AvgPool2d(1, 2),
+                                                 conv1x1(channels, 2 * channels),
+                                                 nn.BatchNorm2d(2 * channels))
+                self.layers.append(block)
                 channels *= 2
                 side = (side + 1) // 2
                 count -= 1
@@ -126,15 +134,6 @@ class ResNet(nn.Module):
     def forward(self, x):
         return self.head(self.features(x))
 
-def downsampling_block(channels):
-    """The first block of a ResNet's stage: twice the channels at half the size. Its shortcut picks
-    every second pixel by a pooling window of one, and then convolves: equal to a 1x1 convolution
-    with stride, whose gradient writes past its memory in oneDNN (its issue 6035)."""
-    block = BasicBlock(channels, 2 * channels, stride=2)
-    block.downsample = nn.Sequential(nn.AvgPool2d(1, 2), conv1x1(channels, 2 * channels),
-                                     nn.BatchNorm2d(2 * channels))
-    return block
-
 class TorchvisionNet(nn.Module):
     """A classifier of torchvision, by its name: its last linear layer is the head, and the input
     of that layer the features. Raises InputError if it cannot take images of that size."""
@@ -143,11 +142,10 @@ class TorchvisionNet(nn.Module):
         super().__init__()
         try:
             self.body = torchvision.models.get_model(name, num_classes=out_dim)
-            layers = dict(self.body.named_modules())
-            path = [key for key, layer in layers.items() if isinstance(layer, nn.Linear)][-1]
-            self.head = layers[path]
-            parent, _, attribute = path.rpartition(".")
-            setattr(layers[parent], attribute, nn.Identity())
+            layers = self.body.named_modules()
+            last = [key for key, layer in layers if isinstance(layer, nn.Linear)][-1]
+            self.head = self.body.get_submodule(last)
+            self.body.set_submodule(last, nn.Identity())
             with torch.no_grad():
                 self(torch.zeros(2, 3, image_size, image_size))
         except Exception as error:         # each network has its own reasons
@@ -165,8 +163,8 @@ class TorchvisionNet(nn.Module):
 ENCODERS = {
     "convnet": ConvNet,
     "convnet_bn": convnet_bn,
-    "resnet10": functools.partial(ResNet, [1, 1, 1, 1]),
-    "resnet18": functools.partial(ResNet, [2, 2, 2, 2]),
+    "resnet10": partial(ResNet, [1, 1, 1, 1]),
+    "resnet18": partial(ResNet, [2, 2, 2, 2]),
 }
 
 def encoder(name, out_dim, image_size):
@@ -175,12 +173,11 @@ def encoder(name, out_dim, image_size):
     kind, _, argument = name.partition(":")
     if kind == "torchvision" and argument:
         return TorchvisionNet(argument, out_dim, image_size)
-    if kind not in ENCODERS or argument and not (argument.isdecimal() and int(argument) > 0):
+    if kind not in ENCODERS or not re.fullmatch(r"|[1-9]\d*", argument):
         raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a "
                          "width if you like, as in resnet18:16, or give torchvision:NAME")
-    if argument:
-        return ENCODERS[kind](out_dim, image_size, int(argument))
-    return ENCODERS[kind](out_dim, image_size)
+    width = [int(argument)] if argument else []
+    return ENCODERS[kind](out_dim, image_size, *width)
 
 def student_name(s):
     """The student of the settings, as `encoder` knows it."""
@@ -265,17 +262,9 @@ class Objective(NamedTuple):
     loss: Callable
     target: str
 
-def squared_error(z, y):
-    """L_MSE of Eq. 5 and 7 before its mean, [B, d], for representations z and the teacher's y."""
-    return (z - y).square()
-
-def cross_entropy(z, y):
-    """[B] for logits z and labels y: MTT (Cazenavette et al. 2022)."""
-    return F.cross_entropy(z, y, reduction="none")
-
 OBJECTIVES = {                             # the names of --objective
-    "mse": Objective(squared_error, "representations"),
-    "ce": Objective(cross_entropy, "labels"),
+    "mse": Objective(partial(F.mse_loss, reduction="none"), "representations"),     # Eq. 5 and 7
+    "ce": Objective(partial(F.cross_entropy, reduction="none"), "labels"),          # MTT
     "ssl": Objective(nt_xent_loss, "views"),                               # MTT-SSL (appendix F)
 }
 
@@ -297,7 +286,7 @@ def augmentations_of_normalized(data, s, n, draw):
 class Examples:
     """What a student trains on: examples(batch, draw) is (x, y) of `Objective` for the images
     `batch`. images: [n, 3, H, W], uint8 or normalised. targets: the teacher's representations
-    [n, d], labels [n], or None for two views, drawn from stream(*draw)."""
+    [n, d], labels [n], or [n, 0] for two views, drawn from stream(*draw)."""
     images: torch.Tensor
     targets: torch.Tensor
     data: Dataset
@@ -310,7 +299,7 @@ class Examples:
         return x, self.y(batch, draw)
 
     def y(self, batch, draw):
-        if self.targets is None:
+        if self.targets.numel() == 0:
             return augmentations_of_normalized(self.data, self.s, len(batch), draw)
         return self.targets[batch]
 
@@ -357,9 +346,8 @@ def set_learning_rate(optimizer, lr):
         group["lr"] = lr
 
 @torch.no_grad()
-def encode(f, images, prepare=None, chunk=250):
+def encode(f, images, prepare=nn.Identity(), chunk=250):
     """f(prepare(images)) in chunks: [n, 3, H, W] -> float32 [n, d]."""
-    prepare = prepare or torch.nn.Identity()
     return torch.cat([f(prepare(part)).float() for part in images.split(chunk)])
 
 class Compiled:
@@ -383,8 +371,7 @@ class Compiled:
             return self.fast(*arguments)
         except torch._dynamo.exc.TorchDynamoException as error:
             print(f"torch.compile failed ({first_line(error)}): going on without", flush=True)
-            self.shapes.clear()
-            self.max_shapes = 0
+            self.fast = self.f
             return self.f(*arguments)
 
 # ---- A run ------------------------------------------------------------------------------------
@@ -402,23 +389,21 @@ class Run:
     def objective(self):
         return OBJECTIVES[self.s.objective]
 
-    @functools.cached_property
+    @cached_property
     def targets(self):
-        """What students match: Z_T [n, d], the labels [n], or None for views; on the device."""
+        """What students match: Z_T [n, d], the labels [n], or [n, 0] for views; on the device."""
         if self.objective.target == "representations":
             return load(self.run_dir / "representations.pt").to(self.s.device)
         if self.objective.target == "labels":
             return self.data.train_labels
-        return None
+        return torch.zeros(len(self.data.train_images), 0, device=self.s.device)
 
     @property
     def out_dim(self):
         """The dimension of a student's output; SimCLR's (A.1) where there is nothing to match."""
-        if self.targets is None:
-            return 128
         if self.targets.dim() == 1:
             return self.data.classes
-        return self.targets.shape[1]
+        return self.targets.shape[1] or 128
 
     @property
     def can_compile(self):
@@ -434,12 +419,9 @@ class Run:
         return self.run_dir / "experts" / f"expert_{i:03d}.pt"
 
 def read_config(path):
-    """The contents of a run's config.json, {section: entry}; {} if there is none."""
-    if not path.exists():
-        return {}
+    """The contents of a config.json, {section: entry}; {} if there is none."""
     try:
-        entries = json.loads(path.read_text())
-        return {section: entry for section, entry in entries.items() if "made" in entry}
-    except (AttributeError, OSError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a config.json of this project ({first_line(error)}): "
-                         "restore it, or delete it and the results beside it") from error
+        return dict(json.loads(path.read_text())) if path.exists() else {}
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is no config.json ({first_line(error)}): restore it, or delete "
+                         "it and the results beside it") from error

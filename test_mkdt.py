@@ -55,7 +55,7 @@ def relative(a, b):
 def settings(**changes):
     """All settings with the paper's defaults, changed."""
     args, _ = mkdt.parse([])
-    values, _ = mkdt.resolve("cifar10", {})
+    values = mkdt.resolve("cifar10", {})
     usual = {**vars(args), **values, "device": torch.device("cpu"), "compile": False}
     return argparse.Namespace(**{**usual, **changes})
 
@@ -195,7 +195,7 @@ import models
 torch.manual_seed(0)
 for width in (4, 8, 12):
     for side in (46, 96):
-        block = models.downsampling_block(width).downsample[:2]
+        block = models.ResNet([1, 1], width=width).layers[1].downsample[:2]
         block.to(memory_format=torch.channels_last)
         exact = torch.nn.Conv2d(width, 2 * width, 1, 2, bias=False).double()
         exact.weight.data = block[1].weight.data.double()
@@ -362,7 +362,8 @@ def test_colour_operations_equal_torchvision(pictures, name, low, high):
 
 def test_augmentations_are_drawn_as_a_1_says():
     """The distribution of the draws: crops, flips, jitter and grey have the recipe's strength."""
-    for draw in data.draw_augmentations(4000, 32, 0, "cpu", (0.08, 1.0), 0.2):
+    for augmentation in data.draw_augmentations(4000, 32, 0, "cpu", (0.08, 1.0), 0.2):
+        draw = argparse.Namespace(**augmentation.keywords)
         _, _, height, width = draw.box
         area = height * width / 32**2
         assert area.min() < 0.12 and area.max() > 0.9 and 0.45 < area.mean() < 0.58
@@ -381,13 +382,14 @@ def test_augmentations_are_drawn_as_a_1_says():
 
 def test_an_augmentation_does_what_was_drawn(pictures):
     """Crop and flip, the jitters in their order, then grey."""
-    draw, other = data.draw_augmentations(24, 32, 3, "cpu", (0.2, 1.0), 0.3)
+    augmentation, other = data.draw_augmentations(24, 32, 3, "cpu", (0.2, 1.0), 0.3)
+    draw = argparse.Namespace(**augmentation.keywords)
     expected = data.resized_crop(pictures, draw.box, 32, draw.flip)
     for name, amount in zip(draw.order, draw.amounts):
         expected = data.jitter(name, expected, amount)
     is_grey = draw.grey.flatten()
     expected[is_grey] = TF.rgb_to_grayscale(expected[is_grey], 3)
-    assert 0 < is_grey.sum() < 24 and torch.equal(draw(pictures), expected)
+    assert 0 < is_grey.sum() < 24 and torch.equal(augmentation(pictures), expected)
     assert not torch.allclose(other(pictures), expected, atol=0.1)
 
 
@@ -453,7 +455,7 @@ def test_files_are_whole_or_absent(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
     assert data.load(tmp_path / "a.pt")["x"][-1] == 999
     (tmp_path / "b.pt").write_bytes((tmp_path / "a.pt").read_bytes()[:1000])
-    with pytest.raises(InputError, match="b.pt is not a whole torch file"):
+    with pytest.raises(InputError, match="b.pt is damaged, or not a torch file"):
         data.load(tmp_path / "b.pt")
     with pytest.raises(InputError, match="cannot write"):
         data.save(tmp_path / "a.pt" / "below.pt", 1)
@@ -493,7 +495,7 @@ def test_a_hostile_file_does_not_run(tmp_path):
 def test_a_checksum_tells_contents_apart():
     """Equal contents have equal checksums, whatever their memory layout."""
     a = torch.arange(12.0).view(3, 4)
-    assert data.checksum(a) == data.checksum(a.T.contiguous().T) == data.checksum(a.numpy())
+    assert data.checksum(a) == data.checksum(a.T.contiguous().T)
     others = [data.checksum(a + 1), data.checksum("a"), data.checksum(None), data.checksum(1, 2)]
     assert len({data.checksum(a), *others}) == 5
 
@@ -535,7 +537,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     with pytest.raises(InputError, match="c.pt does not fit this run"):
         data.Progress("teacher", 9, data.Log(), path, weights=torch.zeros(4))
     data.save(path, {"step": 1, "ranks": 2, "weights": torch.zeros(3)})
-    with pytest.raises(InputError, match="it was made by 2 processes, not 1"):
+    with pytest.raises(InputError, match="ranks 2 -> 1"):
         data.Progress("teacher", 9, data.Log(), path, weights=torch.zeros(3))
 
 
@@ -673,7 +675,7 @@ def test_a_class_of_test_images_alone_is_an_error(tmp_path):
     """No probe can get it right."""
     root = make_folder(tmp_path / "pets")
     picture(root / "test/wolf/0.png")
-    with pytest.raises(InputError, match="no training images, of the classes wolf"):
+    with pytest.raises(InputError, match="no training images of the test classes wolf"):
         data.load_dataset(str(root), tmp_path)
 
 
@@ -686,7 +688,7 @@ def test_one_class_counts_as_unlabelled(tmp_path, capsys):
     d = data.load_dataset(str(tmp_path / "deep"), tmp_path)
     assert not d.labelled
     said = " ".join(capsys.readouterr().out.split())
-    assert "of one class" in said and "the only class folder is images/" in said
+    assert "of 1 classes, which count as unlabelled" in said
 
 
 def test_all_broken_images_are_named_at_once(tmp_path):
@@ -697,7 +699,7 @@ def test_all_broken_images_are_named_at_once(tmp_path):
         path.write_bytes(path.read_bytes()[:200])
     (root / "train/cat/001.png").write_bytes(b"\x89PNG broken")
     (root / "train/cat/link.png").symlink_to(root / "nowhere.png")
-    with pytest.raises(InputError, match="5 images cannot be read; repair or remove") as error:
+    with pytest.raises(InputError, match="repair or remove 5 images") as error:
         data.load_dataset(str(root), tmp_path)
     for name in ("dog/000.png", "dog/001.png", "dog/002.png", "cat/001.png", "cat/link.png"):
         assert name in str(error.value)
@@ -735,7 +737,7 @@ def test_a_named_cache_is_used_with_the_authors_constants(tmp_path):
         (dict(test_images=np.zeros((30, 16, 16, 3), np.uint8)), "of one size"),
         (dict(train_images=np.zeros((120, 32, 32, 3), np.uint8)), "not all of one colour"),
         (arrays(size=7), "of 7 pixels"),
-        (arrays(n=1), "from 1 training images"),
+        (arrays(n=1), "x.npz: 1 training images"),
     ],
 )
 def test_an_npz_is_checked(tmp_path, change, message):
@@ -794,9 +796,9 @@ def test_what_cannot_be_a_data_set_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     make_folder(tmp_path / "pets")
     for name, message in (
-        ("bad.npz", "bad.npz is not a whole"),
-        ("none.npz", "none.npz is not"),
-        ("empty", "holds no folder called train"),
+        ("bad.npz", "bad.npz: no .npz with train_images"),
+        ("none.npz", "none.npz: no .npz with"),
+        ("empty", "lacks a folder train/"),
         ("nothing", "unknown data set"),
     ):
         with pytest.raises(InputError, match=message):
@@ -948,7 +950,7 @@ def test_a_failed_download_says_what_to_do(tmp_path, monkeypatch):
         ("cars", "stanford_cars/devkit"),
         ("tinyimagenet", "tinyimagenet/tiny-imagenet-200.zip"),
     ):
-        with pytest.raises(InputError, match=f"cannot read {name}.*{place}.*{name}.npz.*README"):
+        with pytest.raises(InputError, match=f"cannot read {name}.*{place}.*README"):
             data.load_dataset(name, tmp_path)
     assert not list(tmp_path.glob("*.npz"))
 
@@ -1150,7 +1152,7 @@ def test_the_matching_gradient_is_exact_for_other_objectives(system):
     """Labels and views: the same code, the same exactness; views change with their stream."""
     network, _, theta, images, _ = problem()
     loss = loss_of_theta(network, system)
-    labels = torch.arange(10) % 4 if system == "ce" else None
+    labels = torch.arange(10) % 4 if system == "ce" else torch.zeros(10, 0)
     one = torch.ones(3, 1, 1)
     d = data.Dataset("x", *[torch.zeros(2, 3, 8, 8)] * 4, 0.5 * one, 0.3 * one)
     examples = models.Examples(images, labels, d, settings())
@@ -1447,7 +1449,7 @@ def test_the_gradient_noise_of_figure_1_by_hand():
         return batch, draw[-1]
 
     found = mkdt.gradient_noise(
-        lambda theta, x, k: gradients[k], torch.zeros(3), examples, 9, 4, 0, count=4000
+        lambda theta, x, k: gradients[k], torch.zeros(3), examples, 9, 0, 4, count=4000
     )
     assert found == pytest.approx(0.75 / 4, rel=0.05)
 
@@ -1809,10 +1811,10 @@ def test_distilled_sets_of_other_systems(tmp_path):
         ("images_best", labels, None),
         ("images_9", labels, 0.05),
     ):
-        images, targets, lr = evaluation.read_distilled(tmp_path / f"{name}.pt")
-        assert torch.equal(images, x) and torch.equal(targets, expected), name
-        assert not images.requires_grad and not targets.requires_grad
-        assert lr == (rate and pytest.approx(rate))
+        found = evaluation.read_distilled(tmp_path / f"{name}.pt", "cpu")
+        assert torch.equal(found.images, x) and torch.equal(found.targets, expected), name
+        assert not found.images.requires_grad and not found.targets.requires_grad
+        assert found.lr == (rate and pytest.approx(rate))
 
 
 @pytest.mark.parametrize(
@@ -1831,11 +1833,11 @@ def test_bad_distilled_sets_are_refused(tmp_path, content):
     """Sizes that differ, NaN, nothing, images that are not square: what was expected is said."""
     data.save(tmp_path / "distilled.pt", content)
     with pytest.raises(InputError, match="expected finite images"):
-        evaluation.read_distilled(tmp_path / "distilled.pt")
+        evaluation.read_distilled(tmp_path / "distilled.pt", "cpu")
     good = {"images": torch.zeros(6, 3, 8, 8), "targets": torch.zeros(6, 5), "lr": 0.0}
     data.save(tmp_path / "distilled.pt", good)
     with pytest.raises(InputError, match="its learned rate is 0"):
-        evaluation.read_distilled(tmp_path / "distilled.pt")
+        evaluation.read_distilled(tmp_path / "distilled.pt", "cpu")
 
 
 def test_set_names():
@@ -1912,14 +1914,20 @@ def test_the_papers_values_are_those_of_its_tables():
     for line in SUMS.replace("\n    ", " ").strip().splitlines():
         block, sums = line.split(": ")
         expected[tuple(block.split())] = [float(value) for value in sums.split()]
-    found = evaluation.paper_table()
-    assert sum(len(table) for table in found.values()) == 735 and found.keys() == expected.keys()
-    for block, table in found.items():
+    count = 0
+    for block in expected:
+        protocol = evaluation.PROTOCOLS["finetune" if block[3] == "convnet_bn" else "linear"]
+        dataset, percent, teacher, encoder = block
+        objective = "ssl" if teacher == "ssl" else "mse"
+        s = settings(dataset=dataset, percent=float(percent), ssl=teacher, objective=objective)
+        table = evaluation.paper_means(argparse.Namespace(s=s), encoder, protocol)
+        count += len(table)
         rows, columns = {}, {}
         for (labels, row, task), value in table.items():
             rows[labels, row] = rows.get((labels, row), 0) + float(value)
             columns[labels, task] = columns.get((labels, task), 0) + float(value)
         assert [*rows.values(), *columns.values()] == pytest.approx(expected[block]), block
+    assert count == 735
 
 
 def test_the_papers_column_is_found_by_name_alone():
@@ -1927,7 +1935,7 @@ def test_the_papers_column_is_found_by_name_alone():
 
     def means(kind="convnet:128", protocol="linear", **changes):
         run = argparse.Namespace(s=settings(dataset="cifar10", **changes))
-        return evaluation.paper_means(run, kind, protocol)
+        return evaluation.paper_means(run, kind, evaluation.PROTOCOLS[protocol])
 
     assert means()["5", "mkdt", "cifar10"] == "53.08" and means()["5", "sas", "cifar10"] == "46.52"
     assert means(syn_steps=1)["5", "mkdt", "cifar10"] == "53.08"  # whatever our settings
@@ -1935,14 +1943,14 @@ def test_the_papers_column_is_found_by_name_alone():
     assert means(objective="ssl", percent=5.0)["5", "mkdt", "cifar10"] == "29.04"  # Table 12
     assert means(kind="resnet10") == {} == means(percent=3.0) == means(kind="convnet:64")
     assert means(representations="z.pt") == {} == means(objective="ce")
-    hundred = settings(dataset="cifar100")
-    tuned = evaluation.paper_means(argparse.Namespace(s=hundred), "convnet_bn", "finetune")
-    assert tuned["100", "random:ssl", "cars"] == "28.75"
-    assert evaluation.paper_means(argparse.Namespace(s=hundred), "convnet:128", "finetune") == {}
-    larger = argparse.Namespace(s=settings(dataset="cifar100", percent=5.0))
-    assert (
-        evaluation.paper_means(larger, "resnet18", "linear")["5", "mkdt:1000", "cifar10"] == "46.10"
-    )
+
+    def means_100(kind, protocol="linear", percent=2.0):
+        run = argparse.Namespace(s=settings(dataset="cifar100", percent=percent))
+        return evaluation.paper_means(run, kind, evaluation.PROTOCOLS[protocol])
+
+    assert means_100("convnet_bn:128", "finetune")["100", "random:ssl", "cars"] == "28.75"
+    assert means_100("convnet:128", "finetune") == {} == means_100("convnet_bn")
+    assert means_100("resnet18", percent=5.0)["5", "mkdt:1000", "cifar10"] == "46.10"
 
 
 def test_a_cell_by_hand():
@@ -2133,7 +2141,7 @@ def test_results_without_an_entry_are_refused(copied, capsys):
     (copied / "run/config.json").unlink()
     assert "the teacher in" in refused(capsys, run, *at(copied), *TINY)
     (copied / "run/config.json").write_text("{")
-    assert "config.json is not a config.json" in refused(capsys, run, *at(copied), *TINY)
+    assert "config.json is no config.json" in refused(capsys, run, *at(copied), *TINY)
 
 
 def test_no_stage_is_made_before_what_it_builds_on(copied, capsys):
@@ -2149,7 +2157,7 @@ def test_a_failure_can_be_mended_by_its_own_advice(copied, capsys):
     flags = [*at(copied), *TINY, "--name", "again"]
     shutil.rmtree(copied / "run/experts")
     shutil.rmtree(copied / "run" / SET)
-    said = refused(capsys, run, *flags, "--expert-lr", "1e30")
+    said = refused(capsys, run, *flags, "--expert-lr", "1e9")
     assert "Lower --expert-lr" in said and "expert 0" in said
     run(*flags, "--expert-lr", "0.02", "--stage", "experts")
     assert (copied / "run/experts/expert_001.pt").exists()
@@ -2159,7 +2167,7 @@ def test_a_run_knows_its_images_by_their_contents(copied, tmp_path, capsys):
     """A copy elsewhere, under another name, and --image-size as it is anyway: the run goes on."""
     shutil.copy(copied / "data/shapes.npz", copied / "elsewhere.npz")
     flags = [*TINY[2:], "--run-dir", copied / "run", "--teacher-lr", 6e-3, "--crop-scale", 0.6]
-    given = mkdt.resolve("shapes", {})[0]
+    given = mkdt.resolve("shapes", {})
     for name in (
         "grey",
         "max_pool",
@@ -2292,7 +2300,7 @@ def test_representations_of_another_model(tmp_path, capsys):
         (z[:100], "must be [200, d]"),
         (z * np.nan, "not all alike"),
         (np.ones_like(z), "not all alike"),
-        (None, "z.csv is not a whole torch file"),
+        (None, "z.csv is damaged, or not a torch file"),
     ):
         path = tmp_path / "z.csv"
         if bad is not None:
@@ -2321,7 +2329,7 @@ def test_unlabelled_images_of_ones_own(tmp_path, capsys):
         "random",
     )
     said = capsys.readouterr().out
-    assert "mine cannot be probed without labels" in said and "without labels, 0 test" in said
+    assert "mine cannot be probed without labels" in said and "of 0 classes, which count as unlabelled" in said
     assert "using those for cifar10" in said
     judge(tmp_path, "--tasks", "shapes", "--sets", "mkdt", "--seeds", 0, name="20pct_random")
     assert {x["task"] for x in lines(tmp_path, "20pct_random")} == {"shapes"}
@@ -2338,7 +2346,8 @@ def test_mtt_and_mtt_ssl_run_end_to_end(tmp_path, objective, capsys):
     assert sets == {x for x in evaluation.DEFAULT_SETS if "high_loss" not in x}
     assert not (tmp_path / "run/teacher.pt").exists()
     d = data.load(tmp_path / "run/5pct_random/distilled.pt")
-    assert ("targets" in d) == (objective == "ce") and d["images"].isfinite().all()
+    assert d["targets"].shape == ((10,) if objective == "ce" else (10, 0))
+    assert d["images"].isfinite().all()
     said = refused(capsys, judge, tmp_path, "--sets", "high_loss", name="5pct_random")
     assert "high_loss needs a teacher" in said
     said = refused(capsys, run, *at(tmp_path, "b"), *TINY, "--objective", objective)
@@ -2347,7 +2356,7 @@ def test_mtt_and_mtt_ssl_run_end_to_end(tmp_path, objective, capsys):
 
 def test_figure_1(copied, monkeypatch):
     """Its systems are runs of their own; the panels hold what they say."""
-    monkeypatch.setattr(mkdt.gradient_noise, "__defaults__", (4,))  # batches
+    monkeypatch.setattr(mkdt.gradient_noise, "__defaults__", (256, 4))  # batches
     run(
         *at(copied),
         *TINY[:10],
@@ -2409,7 +2418,7 @@ def test_figure_1_has_the_settings_of_appendix_a_2():
         ("mtt_ssl", 10, 2, 1024, 1e-3, 0.9, 1e-6),
         ("mtt_ssl_4096", 10, 2, 4096, 1e-3, 0.9, 1e-6),
     ):
-        values, _ = mkdt.resolve("cifar100", {**common, **mkdt.FIGURE_1[name]})
+        values = mkdt.resolve("cifar100", {**common, **mkdt.FIGURE_1[name]})
         assert (
             values["syn_steps"],
             values["match_epochs"],
@@ -2459,7 +2468,7 @@ def test_baselines_sets_and_any_rate(copied, capsys):
     raw = d.train_images[chosen].float() / 255  # it begins as raw pixels
     assert (made["images"] - raw).abs().max() < 0.01
     chosen = torch.randperm(200, generator=models.stream(0, "dm", "images"))[:10]
-    made = data.load(copied / "run" / SET / "dm_2.pt")
+    made = data.load(copied / "run" / SET / "dm_2_convnet_4.pt")
     start = d.normalize(d.train_images[chosen])
     assert (made["images"] - start).abs().mean() < (made["images"] - start.flip(0)).abs().mean()
 
@@ -2474,9 +2483,9 @@ def opened_sets(root, *flags):
         "cpu",
         *flags,
     ]
-    args = evaluation.parse(arguments)
-    args.device = torch.device("cpu")
-    return evaluation.Sets(evaluation.open_run(args))
+    flags = evaluation.parse(arguments)
+    flags.device = torch.device("cpu")
+    return evaluation.Sets(evaluation.open_run(flags))
 
 
 def test_sets_are_what_they_are_called(copied):
@@ -2591,7 +2600,7 @@ def test_encoders_tasks_and_protocols_of_the_paper(copied, capsys, monkeypatch):
         "none",
     )
     said = capsys.readouterr().out
-    assert "left out: cannot read cars" in said
+    assert "left out: cars (cannot read cars" in said
     assert said.count("| shapes | none - row | other | none - row | MSE |") == 3
     monkeypatch.setattr(evaluation, "FINETUNE_STEPS", {"shapes": 2})
     judge(
@@ -2616,7 +2625,8 @@ def test_encoders_tasks_and_protocols_of_the_paper(copied, capsys, monkeypatch):
 def test_an_encoder_is_probed_in_eval_mode(copied):
     """Batch norm uses its running statistics: features do not depend on the rest of a batch."""
     sets = opened_sets(copied)
-    table = evaluation.Table(sets.run, sets, [], {}, {}, [0], [], "linear", None)
+    flags = evaluation.parse(["", "--sets", "mkdt"])
+    table = evaluation.Table(sets.run, flags)
     name = evaluation.parse_set("mkdt")
     net, _ = evaluation.pretrained(table, "resnet10:4", 0, name, sets.get(name, 0))
     x = sets.run.data.normalize(sets.run.data.test_images[:8])
@@ -2746,7 +2756,7 @@ def test_bad_flags_are_one_clear_line(copied, capsys):
         (["--dataset", "nothing"], "unknown data set 'nothing'"),
         (["--percent", "0.1"], "of 200 images is 0"),
         (["--percent", "101"], "at most 100"),
-        (["--syn-lr", "nan"], "finite"),
+        (["--syn-lr", "nan"], "at most 1e+09"),
         (["--expert-lr", "-1"], "--expert-lr -1.0 must be"),
         (["--iterations", "0"], "at least 1"),
         (["--device", "tpu"], "--device tpu"),
@@ -2757,7 +2767,7 @@ def test_bad_flags_are_one_clear_line(copied, capsys):
         (["--max-start-epoch", "5"], "beyond the experts' last epoch"),
         (["--image-size", "7"], "--image-size 7: it must be at least 8"),
         (["--objective", "ce", "--run-dir", str(copied / "ce")], "needs a teacher"),
-        (["--run-dir", str(copied / "run/teacher.pt")], "cannot write"),
+        (["--run-dir", str(copied / "run/teacher.pt")], "Not a directory"),
     ):
         assert told in refused(capsys, run, *at(copied), *TINY, *flags), flags
     for flags, told in (
@@ -2790,7 +2800,7 @@ def test_files_that_cannot_be_used_are_named_and_nothing_is_lost(copied, capsys)
     expert = copied / "run/experts/expert_001.pt"
     expert.write_bytes(expert.read_bytes()[:500])
     shutil.rmtree(copied / "run" / SET)
-    assert "expert_001.pt is not a whole" in refused(capsys, run, *at(copied), *TINY)
+    assert "expert_001.pt is damaged" in refused(capsys, run, *at(copied), *TINY)
     data.save(expert, torch.zeros(3, 5))
     assert "expert_001.pt holds [3, 5]" in refused(capsys, run, *at(copied), *TINY)
     expert.unlink()
@@ -2968,8 +2978,8 @@ def test_help_lists_each_flag_with_the_default_that_is_used(capsys):
     with pytest.raises(SystemExit):
         mkdt.parse(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    used, notes = mkdt.resolve("cifar10", {})
-    assert not notes
+    used = mkdt.resolve("cifar10", {})
+    assert capsys.readouterr().out == ""  # nothing was chosen
     for name, value in used.items():
         told = re.search(rf"--{name.replace('_', '-')} [A-Z]+ (.*?)\(default: (.*?)\)", text)
         assert told and told[2] == str(value), name
@@ -2981,7 +2991,7 @@ def test_help_lists_each_flag_with_the_default_that_is_used(capsys):
     assert f"(default: {' '.join(evaluation.DEFAULT_SETS)})" in text
 
 
-def test_settings_are_those_of_appendix_a():
+def test_settings_are_those_of_appendix_a(capsys):
     """A.1's teacher, experts, distillation and evaluation; Tables 8 and 9."""
     paper = dict(
         ssl="barlow",
@@ -3010,7 +3020,7 @@ def test_settings_are_those_of_appendix_a():
         init="high_loss",
         percent=2.0,
     )
-    values, _ = mkdt.resolve("cifar10", {})
+    values = mkdt.resolve("cifar10", {})
     assert {name: values[name] for name in paper} == paper
     for (dataset, percent), row in {
         ("cifar10", 2): (40, 2, 5, 1e3),
@@ -3020,17 +3030,18 @@ def test_settings_are_those_of_appendix_a():
         ("cifar100", 5): (40, 2, 5, 1e4),
         ("tinyimagenet", 5): (10, 2, 2, 1e5),
     }.items():
-        s, notes = mkdt.resolve(dataset, {"percent": float(percent)})
+        s = mkdt.resolve(dataset, {"percent": float(percent)})
         assert row == (s["syn_steps"], s["match_epochs"], s["max_start_epoch"], s["pixel_lr"])
-        assert s["max_start_epoch"] + s["match_epochs"] <= s["expert_epochs"] and not notes
-    tiny, _ = mkdt.resolve("tinyimagenet", {})
+        assert s["max_start_epoch"] + s["match_epochs"] <= s["expert_epochs"]
+    assert capsys.readouterr().out == ""
+    tiny = mkdt.resolve("tinyimagenet", {})
     assert (tiny["lambd"], tiny["crop_scale"], tiny["grey"], tiny["max_pool"]) == (
         1 / 1024,
         0.2,
         0.1,
         1,
     )
-    simclr, _ = mkdt.resolve("cifar10", {"ssl": "simclr"})
+    simclr = mkdt.resolve("cifar10", {"ssl": "simclr"})
     assert (simclr["teacher_batch"], simclr["teacher_lr"], simclr["teacher_epochs"]) == (
         512,
         1e-3,
@@ -3038,13 +3049,15 @@ def test_settings_are_those_of_appendix_a():
     )
 
 
-def test_what_is_chosen_for_the_user_is_said():
+def test_what_is_chosen_for_the_user_is_said(capsys):
     """A percentage without a row, and a data set without settings."""
-    _, notes = mkdt.resolve("cifar10", {"percent": 1.0})
-    assert notes == ["there are no settings for 1% of cifar10: using those for 2%"]
+    mkdt.resolve("cifar10", {"percent": 1.0})
+    said = capsys.readouterr().out
+    assert said == "there are no settings for 1% of cifar10: using those for 2%\n"
     for size, known in ((32, "cifar10"), (63, "cifar10"), (64, "tinyimagenet")):
-        values, notes = mkdt.resolve("pets", {}, size)
-        assert notes == [f"there are no settings for pets: using those for {known} at 2%"]
+        values = mkdt.resolve("pets", {}, size)
+        said = capsys.readouterr().out
+        assert said == f"there are no settings for pets: using those for {known} at 2%\n"
         assert values["syn_steps"] == (40 if known == "cifar10" else 10)
 
 
