@@ -81,8 +81,8 @@ def load(path, **options):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: is it mistyped, or its stage not run?") from None
     except Exception as error:             # pickle, zip and torch each have their own
-        raise InputError(f"{path} is damaged, or not a torch file of tensors and plain values "
-                         f"({type(error).__name__})") from error
+        reason = f"{path} is damaged, or not a torch file of plain data ({type(error).__name__})"
+        raise InputError(reason) from error
 
 def checksum(*values):
     """Eight hexadecimal digits that tell the contents of tensors or plain values apart."""
@@ -163,8 +163,8 @@ class Progress:
         for name in latest:
             means[name] = float(sum(values[name] for values in self.recent)) / len(self.recent)
             if not math.isfinite(means[name]) or (name == "lr" and latest["lr"] <= 0):
-                raise Diverged(f"{self.stage}: {name} became {float(latest[name]):.3g} by step "
-                               f"{step}. {self.advice}")
+                told = f"{self.stage}: {name} became {float(latest[name]):.3g} by step {step}."
+                raise Diverged(f"{told} {self.advice}")
         now = time.monotonic()             # reading the values has waited for the device
         if print_line:
             first, since = self.timed

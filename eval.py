@@ -395,8 +395,7 @@ class Sets:
             path = baseline(run, name, n)
         found = read_distilled(path, run.s.device)
         if name.kind == "distilled" and not (found.lr or name.rate):
-            print(f"{name.name}: no learned rate lies beside it: using --pretrain-lr "
-                  f"{run.s.pretrain_lr:g}", flush=True)
+            print(f"{name.name}: without a learned rate, so at --pretrain-lr {run.s.pretrain_lr:g}")
         return found
 
 class IndexUnpickler(pickle.Unpickler):

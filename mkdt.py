@@ -385,11 +385,9 @@ def check_settings(given):
         if setting.choices and value not in setting.choices:
             raise InputError(f"{flag}: choose from {', '.join(setting.choices)}")
         if not isinstance(value, str) and not setting.low <= value <= setting.high:
-            raise InputError(f"{flag} must be at least {setting.low:g} and at most "
-                             f"{setting.high:g}")
+            raise InputError(f"{flag} must be between {setting.low:g} and {setting.high:g}")
     if given.get("representations") and given.get("standardize"):
-        raise InputError("--standardize 1 is a setting of the teacher, and with --representations "
-                         "there is none: leave it out, and standardise the file yourself")
+        raise InputError("--standardize 1 needs a teacher, which --representations replaces")
 
 def settings_of(s, stage):
     """{name: value} of a stage's settings that make a difference to it."""
@@ -587,9 +585,9 @@ def open_run(args, given, **changed):
     s = argparse.Namespace(**{**vars(args), **settings, **changed})
     s.compile = compile_pays(args, s.width)
     share(len(data.train_images), s.percent, "--percent")
-    if s.max_start_epoch + s.match_epochs > s.expert_epochs:
-        raise InputError(f"T+ + M = {s.max_start_epoch + s.match_epochs} lies beyond the experts' "
-                         f"last epoch: raise --expert-epochs {s.expert_epochs}")
+    last = s.max_start_epoch + s.match_epochs
+    if last > s.expert_epochs:
+        raise InputError(f"--expert-epochs {s.expert_epochs} must be at least T+ + M = {last}")
     target = OBJECTIVES[s.objective].target
     if target == "labels" and int(data.train_labels.min()) < 0:
         raise InputError(f"--objective {s.objective}: {data.name} has images without a label")

@@ -149,8 +149,8 @@ class TorchvisionNet(nn.Module):
             with torch.no_grad():
                 self(torch.zeros(2, 3, image_size, image_size))
         except Exception as error:         # each network has its own reasons
-            raise InputError(f"torchvision:{name} cannot be used on images of {image_size} pixels "
-                             f"({first_line(error)})") from error
+            reason = f"torchvision:{name} cannot take {image_size} pixels ({first_line(error)})"
+            raise InputError(reason) from error
 
     def features(self, x):                                                 # normalised
         return self.body(x)
@@ -314,8 +314,7 @@ def functional(model):
     statistics are not in theta, or dropout: theta alone would not say what the network is."""
     for layer in model.modules():
         if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
-            raise InputError("a student must not have batch norm or dropout, since it would not be "
-                             "a function of its parameters alone: use InstanceNorm")
+            raise InputError("a student cannot have batch norm or dropout: use InstanceNorm")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     sizes = [shape.numel() for shape in shapes.values()]
 

@@ -239,7 +239,7 @@ def test_torchvisions_networks_are_encoders():
         assert net.features(x).shape == (2, d) and net(x).shape == (2, 5)
         assert torch.allclose(net(x), net.head(net.features(x)))
     for name, size in (("vit_b_16", 32), ("nothing", 32)):
-        with pytest.raises(InputError, match=f"torchvision:{name} cannot be used on images of 32"):
+        with pytest.raises(InputError, match=f"torchvision:{name} cannot take 32 pixels"):
             models.encoder(f"torchvision:{name}", 5, size)
 
 
@@ -2329,7 +2329,10 @@ def test_unlabelled_images_of_ones_own(tmp_path, capsys):
         "random",
     )
     said = capsys.readouterr().out
-    assert "mine cannot be probed without labels" in said and "of 0 classes, which count as unlabelled" in said
+    assert (
+        "mine cannot be probed without labels" in said
+        and "of 0 classes, which count as unlabelled" in said
+    )
     assert "using those for cifar10" in said
     judge(tmp_path, "--tasks", "shapes", "--sets", "mkdt", "--seeds", 0, name="20pct_random")
     assert {x["task"] for x in lines(tmp_path, "20pct_random")} == {"shapes"}
@@ -2455,7 +2458,7 @@ def test_baselines_sets_and_any_rate(copied, capsys):
     said = capsys.readouterr().out
     assert "sas: the first 10 of 100 indices" in said
     assert "few: the first 3 of 3 indices, fewer than the distilled set's 10" in said
-    assert "hard: no learned rate lies beside it: using --pretrain-lr 0.1" in said
+    assert "hard: without a learned rate, so at --pretrain-lr 0.1" in said
     scores = {x["set"]: x for x in lines(copied)}
     assert {"full", "theirs", "hard", "sas", "few", "random@0.3", "dm:2"} <= set(scores)
     assert scores["random@0.3"]["rate"] == "0.3" and scores["random:ssl:2"]["mse"] == ""
@@ -2755,16 +2758,16 @@ def test_bad_flags_are_one_clear_line(copied, capsys):
     for flags, told in (
         (["--dataset", "nothing"], "unknown data set 'nothing'"),
         (["--percent", "0.1"], "of 200 images is 0"),
-        (["--percent", "101"], "at most 100"),
-        (["--syn-lr", "nan"], "at most 1e+09"),
+        (["--percent", "101"], "and 100"),
+        (["--syn-lr", "nan"], "between 0 and 1e+09"),
         (["--expert-lr", "-1"], "--expert-lr -1.0 must be"),
-        (["--iterations", "0"], "at least 1"),
+        (["--iterations", "0"], "between 1 and"),
         (["--device", "tpu"], "--device tpu"),
-        (["--teacher-batch", "1"], "at least 2"),
+        (["--teacher-batch", "1"], "between 2 and"),
         (["--name", "a/b"], "--name a/b"),
-        (["--crop-scale", "1.5"], "at most 1"),
+        (["--crop-scale", "1.5"], "and 1"),
         (["--ssl", "x"], "choose from"),
-        (["--max-start-epoch", "5"], "beyond the experts' last epoch"),
+        (["--max-start-epoch", "5"], "must be at least T+ + M = 6"),
         (["--image-size", "7"], "--image-size 7: it must be at least 8"),
         (["--objective", "ce", "--run-dir", str(copied / "ce")], "needs a teacher"),
         (["--run-dir", str(copied / "run/teacher.pt")], "Not a directory"),
