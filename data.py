@@ -394,11 +394,12 @@ def summary(title, arrays):
     labels, test = arrays["train_labels"], arrays["test_labels"]
     names, side = arrays["mkdt_class_names"], arrays["train_images"].shape[1]
     counts = np.bincount(labels[labels >= 0])
-    text = f"{title}: {len(labels):,} training images of {len(counts)} classes"
+    kinds = f"{len(counts)} classes"
     if len(counts) < 2:
-        text += ", which count as unlabelled"
+        kinds = "at most one class, which count as unlabelled"
     elif 0 < len(names) <= 10:
-        text += f" ({', '.join(f'{name} {count}' for name, count in zip(names, counts))})"
+        kinds += f" ({', '.join(f'{name} {count}' for name, count in zip(names, counts))})"
+    text = f"{title}: {len(labels):,} training images of {kinds}"
     if 0 < counts.sum() < len(labels):
         text += f", {len(labels) - counts.sum():,} of them unlabelled"
     text += f", {len(test):,} test images, {side} pixels"
