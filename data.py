@@ -1,11 +1,11 @@
 """Data of MKDT: files, progress, devices, data sets and augmentation.
 
-    Progress          accompanies a training loop: resumes it, reports on it, saves its state
+    Progress          reports on a training loop, saves its state and resumes it
     load_dataset      a data set by name, from a folder or from an .npz, as uint8 tensors
     two_views         the augmentations A of Eq. 1, with parameters of its own for every image
 
 A data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images [N, H, H, 3],
-integer train_labels, test_labels [N]. Where that file lies, nothing is downloaded or decoded."""
+integer train_labels, test_labels [N]. If that file exists, nothing is downloaded or decoded."""
 import argparse
 import contextlib
 import ctypes
@@ -35,7 +35,7 @@ from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
 # ---- Errors and files -------------------------------------------------------------------------
 class InputError(ValueError):
-    """Something that a user can put right: a file, a flag, a value. One line that says how."""
+    """An error that the user can mend: a file, a flag, a value. Its one line says how."""
 
 class Diverged(InputError):
     """A training loop whose values are no longer finite."""
@@ -46,8 +46,8 @@ def first_line(error):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write as `path`, which is never half written: it is written beside it first
-    and then renamed. Raises InputError if that fails."""
+    """A temporary binary file to write, which is renamed to `path` once it is complete. Raises
+    InputError if that fails."""
     path, beside = Path(path), Path(f"{path}.{RANK}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,12 +119,13 @@ class Log:
 
 class Progress:
     """Accompanies a training loop of `total` steps. Call it after each step with the number of
-    steps done and with values to report. They are read from the device only when a line is due, as
-    means since the last line. advice: what to do if one is no longer finite.
+    steps done and with values to report. They are read from the device only when a line or one of
+    the below is due, as means since then. advice: what to do if one is no longer finite.
 
     checkpoint: the file for `state`, written every few minutes and at the end. If it exists,
     tensors and objects with a state_dict are restored from it at once, anything else must be as it
-    was, and the loop goes on from `first_step`. visit(step) is called every `every` steps."""
+    was, and the loop goes on from `first_step`. visit(step) is called every `every` steps and at
+    the end."""
 
     def __init__(self, stage, total, log, checkpoint=None, advice="", every=0, visit=None, **state):
         self.stage, self.total, self.log = stage, total, log
@@ -142,10 +143,12 @@ class Progress:
             self.timed = step, now
         last = step == self.total
         line_due = now - self.log.last >= self.log.seconds
-        visit_due = self.every > 0 and step % self.every == 0
+        visit_due = self.every > 0 and (last or step % self.every == 0)
         save_due = self.checkpoint and (last or now - self.saved_at >= 60 * self.log.minutes)
         if last or line_due or visit_due or save_due:
             self.report(step, line_due or self.checkpoint)
+        if visit_due:
+            self.visit(step)
         if save_due:
             saved = {"step": step}
             for name, part in self.state.items():
@@ -153,18 +156,18 @@ class Progress:
             if RANK == 0:
                 save(self.checkpoint, saved)
             self.saved_at = time.monotonic()
-        if visit_due:
-            self.visit(step)
 
     def report(self, step, print_line):
-        """Checks and perhaps prints the means since the last report. Raises Diverged if one is not
-        finite, or if the learned rate alpha_syn, "lr", is not positive."""
-        means, latest = {}, self.recent[-1]
-        for name in latest:
-            means[name] = float(sum(values[name] for values in self.recent)) / len(self.recent)
-            if not math.isfinite(means[name]) or (name == "lr" and latest["lr"] <= 0):
-                told = f"{self.stage}: {name} became {float(latest[name]):.3g} by step {step}."
-                raise Diverged(f"{told} {self.advice}")
+        """Checks the means since the last report, and prints them if `print_line`. Raises Diverged
+        if one is not finite, or if the learned rate alpha_syn, "lr", is not positive."""
+        means = {}
+        for name, latest in self.recent[-1].items():
+            mean = float(sum(values[name] for values in self.recent)) / len(self.recent)
+            if not math.isfinite(mean) or (name == "lr" and latest <= 0):
+                value = float(latest) if math.isfinite(mean) else mean
+                raise Diverged(f"{self.stage}: {name} became {value:.3g} by step {step}. "
+                               f"{self.advice}")
+            means[name] = mean
         now = time.monotonic()             # reading the values has waited for the device
         if print_line:
             first, since = self.timed
@@ -209,15 +212,17 @@ def start(device):
         raise InputError(f"--device {device} cannot be used here ({first_line(error)})") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True                  # there are few shapes
-    else:                                  # freed blocks are kept for the next step: if glibc gave
-        with contextlib.suppress(AttributeError, TypeError):   # them back to the kernel, it would
-            mallopt = ctypes.CDLL(None).mallopt                # have to clear their pages anew
+        torch.backends.cudnn.benchmark = True                  # the shapes are few
+    else:
+        # Keep freed blocks for the next step: the kernel would clear the pages of those that glibc
+        # gives back to it, which is much of a step's time.
+        with contextlib.suppress(AttributeError, TypeError):   # another C library
+            mallopt = ctypes.CDLL(None).mallopt
             mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: do not trim
             mallopt(-4, 0)                                     # M_MMAP_MAX: no separate blocks
-    if RANKS > 1 and not dist.is_initialized():                # the others wait while rank 0 works
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(days=7))
+    if RANKS > 1 and not dist.is_initialized():
+        wait = datetime.timedelta(days=7)                      # the others wait while rank 0 works
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=wait)
     return device
 
 def add_common_flags(parser):
@@ -226,7 +231,7 @@ def add_common_flags(parser):
     add("--data-dir", default="data", help="where data sets are kept (default: data)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="compile students (default: on GPUs, and for students of width 32 and more)")
+        help="torch.compile (default: on GPUs, and students of width 32 and more)")
 
 def compile_pays(args, width):
     """Whether to compile students: narrow ones on a CPU cost more than they save."""
@@ -257,12 +262,14 @@ def barrier():
 
 @contextlib.contextmanager
 def rank_0_first():
-    """Rank 0 does what is below first, e.g. it downloads; then the others, who find it done."""
+    """Rank 0 runs the block first, e.g. it downloads; then the others, who find it done."""
     if RANK > 0:
         barrier()
-    yield
-    if RANK == 0:
-        barrier()
+    try:
+        yield
+    finally:                               # an error is caught further up, and all go on
+        if RANK == 0:
+            barrier()
 
 def sum_over_ranks(tensors):
     """Replaces each of `tensors` by its sum over the ranks."""
@@ -292,8 +299,8 @@ STATISTICS = {
 @dataclass
 class Dataset:
     """Images uint8 [N, 3, H, H], labels int64 [N] from 0 on (-1: unknown), mean and std [3, 1, 1]
-    of the pixels. images_id, id: checksums of the training images, and of everything. source: what
-    it was loaded by."""
+    of the pixels. images_id, id: checksums of the normalised training images, and of everything.
+    source: the name that it was loaded by."""
     name: str
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -359,7 +366,7 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
         arrays.update(train_images=images[chosen], train_labels=labels[chosen])
     print(summary(title, arrays), flush=True)
     tensors = [torch.from_numpy(arrays[key]) for key in ARRAYS]
-    ids = {"images_id": checksum(tensors[0]), "id": checksum(*tensors)}
+    ids = {"images_id": checksum(tensors[0], mean, std), "id": checksum(*tensors, mean, std)}
     for i in (0, 2):
         tensors[i] = tensors[i].permute(0, 3, 1, 2)            # [N, H, H, 3] -> [N, 3, H, H]
     return Dataset(title, *[tensor.to(device) for tensor in tensors],
@@ -370,18 +377,19 @@ ARRAYS = ["train_images", "train_labels", "test_images", "test_labels"]
 EXTRAS = ["mkdt_class_names", "mkdt_notes"]                    # what only our own .npz files have
 
 def number_classes(name, arrays):
-    """Renumbers the labels from 0 on, in place; -1 stays unknown. Raises InputError if there are
-    test classes without a training image, which a probe can only get wrong."""
+    """Renumbers the labels from 0 on, in place; -1: unknown. Raises InputError if there are test
+    classes without a training image, unless unlabelled ones may be of these classes."""
     train, test = arrays["train_labels"], arrays["test_labels"]
     names = arrays["mkdt_class_names"]
-    classes = np.unique(train[train != -1])
-    unseen = np.setdiff1d(test[test != -1], classes)
+    classes = np.unique(train[train >= 0])
+    unseen = np.setdiff1d(test[test >= 0], classes)
     if len(classes) == 0:
         test[:] = -1
-    elif len(unseen):
+    elif len(unseen) and (train >= 0).all():
         raise InputError(f"{name}: no training images of the test classes {listed(unseen, names)}")
+    classes = np.union1d(classes, unseen)
     for labels in (train, test):
-        labels[:] = np.where(labels == -1, -1, np.searchsorted(classes, labels))
+        labels[:] = np.where(labels < 0, -1, np.searchsorted(classes, labels))
     if len(names):
         arrays["mkdt_class_names"] = names[classes]
 
@@ -462,10 +470,10 @@ def read_npz(path):
     return arrays
 
 def share(n, percent, flag):
-    """How many that percentage of n images is. Raises InputError if it is none, or over all."""
+    """How many that percentage of n images is. Raises InputError unless it is 1 to n."""
     count = math.floor(n * percent / 100 + 1e-9)
     if not 1 <= count <= n:
-        raise InputError(f"{flag} {percent:g} of {n} images is {count}, not between 1 and all")
+        raise InputError(f"{flag} {percent:g} is {count} of {n} images: it must be 1 to {n}")
     return count
 
 # ---- Decoding pictures ------------------------------------------------------------------------
@@ -489,7 +497,7 @@ def as_people_see_it(image):
 def decode(splits, size, class_names=(), notes=()):
     """The arrays of a data set from {"train": pairs, "test": pairs}: sequences of (picture, label),
     where a picture is a path or a PIL image. They are squashed to `size` with Lanczos. Files that
-    are no images are left out; InputError, naming all of them, if images cannot be read."""
+    are no images are left out; InputError, naming up to 20, if images cannot be read."""
     from PIL import Image, UnidentifiedImageError
     suffixes = Image.registered_extensions()
     arrays, broken, left_out = {}, [], []
@@ -503,7 +511,7 @@ def decode(splits, size, class_names=(), notes=()):
             row[:] = as_people_see_it(image).resize((size, size), Image.Resampling.LANCZOS)
             return label
         except Exception as error:                             # PIL raises almost anything
-            suffix = Path(picture).suffix.lower()
+            suffix = Path(str(picture)).suffix.lower()
             if isinstance(error, UnidentifiedImageError) and suffix not in suffixes:
                 left_out.append(suffix or "no suffix")
             else:
@@ -519,14 +527,14 @@ def decode(splits, size, class_names=(), notes=()):
     if broken:
         raise InputError(f"repair or remove {len(broken)} images: {', '.join(sorted(broken)[:20])}")
     if left_out:
-        kinds = ", ".join(set(left_out))
+        kinds = ", ".join(sorted(set(left_out)))
         notes = [*notes, f"left out: {len(left_out)} files that are not images ({kinds})"]
     return {**arrays, "mkdt_class_names": np.array(class_names, str),
             "mkdt_notes": np.array(notes, str)}
 
 # ---- Folders of images ------------------------------------------------------------------------
 def hidden(name):
-    """Whether a file or folder is the system's own."""
+    """Whether a file or folder is the operating system's."""
     return name.startswith(".") or name in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 def list_folder(folder):
@@ -544,8 +552,6 @@ def list_folder(folder):
 
 def read_folder(folder, files, size):
     """The arrays of train/<class>/* and test/<class>/*, or of train/* if there are no classes."""
-    if not (folder / "train").is_dir():
-        raise InputError(f"{folder} lacks a folder train/, with images or with a folder a class")
     names = sorted({path.parts[1] for path in files if len(path.parts) > 2})
     splits = {"train": [], "test": []}
     for path in files:
@@ -553,6 +559,8 @@ def read_folder(folder, files, size):
             splits[path.parts[0]].append((folder / path, names.index(path.parts[1])))
         elif not names:
             splits[path.parts[0]].append((folder / path, -1))
+    if not splits["train"]:
+        raise InputError(f"{folder}: there are no images in train/ or in class folders below it")
     notes = []
     loose = len(files) - len(splits["train"]) - len(splits["test"])
     if loose:
@@ -629,7 +637,7 @@ def dogs(data_dir):
     return splits
 
 def cars(data_dir):
-    """Stanford Cars, whose official download no longer works: a copy, however deep it lies."""
+    """Stanford Cars, whose official download no longer works: a copy below stanford_cars/."""
     from scipy.io import loadmat                               # pip install scipy
     root = data_dir / "stanford_cars"
     splits = {}
@@ -644,7 +652,7 @@ def cars(data_dir):
 
 # ---- shapes: the data set that is drawn here --------------------------------------------------
 def signed_distances(x, y):
-    """Signed distances of points x, y to ten forms about 0, in radii."""
+    """Signed distances of points x, y to ten shapes centred on 0, in radii."""
     r, u, v = np.hypot(x, y), abs(x), abs(y)
     angle = np.arctan2(y, x)
     third = angle % (2 * np.pi / 3) - np.pi / 3
@@ -745,8 +753,8 @@ def resized_crop(images, box, size, flip):
     return rows[:, None] @ images @ columns[:, None].transpose(2, 3)       # [B, C, size, size]
 
 def jitter(name, images, amount):
-    """torchvision's adjust_<name> of images in [0, 1], with the factor 1 + amount; for "hue", whose
-    share is a quarter, with the shift amount / 4. amount: [B, 1, 1, 1]."""
+    """torchvision's adjust_<name> of images in [0, 1], with the factor 1 + amount; for "hue", with
+    the shift amount / 4. amount: [B, 1, 1, 1]."""
     if name == "hue":
         return adjust_hue(images, amount / 4)
     other = 0.0                                                # brightness: away from black
@@ -804,8 +812,8 @@ def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), grey=0.2):
 
 def two_views(images, seed, scale=(0.08, 1.0), grey=0.2):
     """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1.
-    images: uint8 [B, 3, H, H]. Returns two float tensors in [0, 1], not normalised. The rest as
-    in `draw_augmentations`. Raises ValueError for other images."""
+    images: uint8 [B, 3, H, H]. Returns two float tensors in [0, 1], not normalised. For the other
+    arguments see `draw_augmentations`. Raises ValueError for other images."""
     n, channels, height, width = images.shape
     if images.dtype != torch.uint8 or channels != 3 or height != width:
         raise ValueError("two_views takes square uint8 images [B, 3, H, H], not "

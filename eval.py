@@ -13,6 +13,7 @@ import itertools
 import math
 import pickle
 import re
+import sys
 import textwrap
 import time
 from dataclasses import dataclass, replace
@@ -241,9 +242,8 @@ def dm(make, images, data, s, groups, progress_of):
         progress(step + 1, loss=total)
     return images.detach()
 
-def baseline(run, name, n):
-    """The file of n images distilled by KRR-ST or DM, as the SetName says; distils them if need
-    be."""
+def baseline_file(run, name, n):
+    """The file of n images that KRR-ST or DM distils, as a SetName says; made if need be."""
     s, data, kind = run.s, run.data, name.kind
     count, _, pool = name.argument.partition(":")
     iterations = int(count or ITERATIONS[kind])
@@ -251,6 +251,8 @@ def baseline(run, name, n):
     path = run.set_dir / f"{kind}_{iterations}_{pool.replace(':', '_')}.pt"
     if path.exists():
         return path
+    if not (run.run_dir / "teacher.pt").exists():
+        raise InputError(f"{kind} needs a teacher trained here, {run.run_dir}/teacher.pt")
     f_T = teacher_network(s, data.image_size)
     f_T.load_state_dict(load(run.run_dir / "teacher.pt"))
     f_T.to(s.device).eval()
@@ -280,7 +282,7 @@ def baseline(run, name, n):
     return path
 
 # ---- The sets to pre-train on -----------------------------------------------------------------
-# What to pre-train on: what may follow the name and a colon (a regular expression), and what it is.
+# {kind of set: (a regular expression of what may follow the kind and a colon, help)}
 SETS = {
     "none": ("", "no pre-training"),
     "random": (r"|ssl|ssl:[1-9]\d*", "as many real images as the distilled set has, redrawn for "
@@ -300,8 +302,8 @@ ITERATIONS = {"krr_st": 160_000, "dm": 20_000}
 DEFAULT_SETS = "none random random@mkdt high_loss high_loss@mkdt initial initial@mkdt mkdt".split()
 
 class SetName(NamedTuple):
-    """A set as one types it: [NAME=]KIND[:ARGUMENT][@RATE]."""
-    name: str                              # what is printed and kept, and finds the paper's value
+    """A set as it is typed: [NAME=]KIND[:ARGUMENT][@RATE]."""
+    name: str                              # printed, saved, and looked up in the paper's tables
     kind: str
     argument: str
     rate: str                              # "", a number, or "mkdt"
@@ -341,19 +343,17 @@ class Sets:
         self.mkdt = read_distilled(run.set_dir / "distilled.pt", run.s.device)
         self.order = load(run.set_dir / "init.pt")["order"]
         self.real_id = checksum(run.data.id, run.targets)
-        self.kept = {}                     # {SetName: PretrainingSet}
+        self.load_set = cache(self.load_set)
 
     def get(self, name, seed):
         """The PretrainingSet of a SetName for `seed`."""
         if name.kind == "none":
-            return PretrainingSet(None, None, 0.0, "")
+            return PretrainingSet(None, None, 0.0, self.real_id)
         if name.kind == "random":
             total = len(self.run.data.train_images)
             found = self.real(torch.randperm(total, generator=stream(seed, "random subset")))
         else:
-            if name not in self.kept:
-                self.kept[name] = self.make(name)
-            found = self.kept[name]
+            found = self.load_set(name)
         lr = found.lr or self.run.s.pretrain_lr
         if name.ssl_epochs:
             lr = 1e-3
@@ -367,21 +367,23 @@ class Sets:
         return PretrainingSet(self.run.data.train_images[chosen], self.run.targets[chosen], None,
                               checksum(self.real_id, chosen))
 
-    def make(self, name):
+    def load_set(self, name):
         """A set that is the same for every seed; KRR-ST's and DM's are distilled if need be."""
         run, n = self.run, len(self.mkdt.images)
         if name.kind == "full":
             return PretrainingSet(run.data.train_images, run.targets, None, self.real_id)
         if name.kind == "high_loss":
             if self.order is None:
-                raise InputError("high_loss needs a teacher, which only --objective mse has")
+                raise InputError(f"high_loss needs a teacher, which {run.s.objective} has not")
             return self.real(self.order)
         if name.kind == "subset":
             order = read_indices(name.argument, len(run.data.train_images))
-            told = f"the first {min(n, len(order)):,} of {len(order):,} indices"
+            told = f"{name.name}: the first {min(n, len(order)):,} of {len(order):,} indices"
             if len(order) < n:
                 told += f", fewer than the distilled set's {n:,}"
-            print(f"{name.name}: {told}", flush=True)
+            if run.s.train_images:
+                told += f", among the run's {len(run.data.train_images):,} images"
+            print(told, flush=True)
             return self.real(order)
         if name.kind == "mkdt" and not name.argument:
             return self.mkdt
@@ -392,9 +394,9 @@ class Sets:
         elif name.kind == "mkdt":
             path = run.set_dir / f"distilled_{name.argument:0>5}.pt"
         else:
-            path = baseline(run, name, n)
+            path = baseline_file(run, name, n)
         found = read_distilled(path, run.s.device)
-        if name.kind == "distilled" and not (found.lr or name.rate):
+        if name.kind == "distilled" and found.lr is None and not name.rate:
             print(f"{name.name}: without a learned rate, so at --pretrain-lr {run.s.pretrain_lr:g}")
         return found
 
@@ -464,8 +466,8 @@ KEY = ["set", "how", "task", "labels", "seed"]
 COLUMNS = [*KEY, "rate", "accuracy", "mse", "made_of"]
 
 class Table:
-    """What can be computed of the table that the flags of eval.py ask for; what cannot is left out
-    and said. Raises InputError if nothing is left, or if a set or an encoder cannot be had.
+    """What can be computed of the table that the flags of eval.py ask for; the rest is left out,
+    and reported. Raises InputError if nothing is left, or a set or an encoder cannot be made.
     names: a SetName for each row. tasks: {name: Dataset}. shares: {name of a task: shares of its
     labels, in percent}."""
 
@@ -479,18 +481,22 @@ class Table:
         names = flags.sets or [name for name in DEFAULT_SETS
                                if self.sets.order is not None or "high_loss" not in name]
         self.names = [parse_set(name) for name in names]
-        if self.paired and self.paired not in [name.name for name in self.names]:
-            raise InputError(f"--paired {self.paired} is not one of the sets: {' '.join(names)}")
+        rows = [name.name for name in self.names]
+        if len(set(rows)) < len(rows):
+            raise InputError(f"two of the sets have one name: {' '.join(rows)}")
+        if self.paired and self.paired not in rows:
+            raise InputError(f"--paired {self.paired} is not one of the sets: {' '.join(rows)}")
         with rank_0_first():               # it distils the baselines
             for name in self.names:
                 self.sets.get(name, self.seeds[0])
         self.tasks, self.shares, self.left_out = {}, {}, set()
-        for name in TASKS if flags.tasks == ["all"] else flags.tasks or [run.s.dataset]:
-            try:
-                self.open_task(name, flags.labels or self.protocol.labels)
-            except InputError as error:
-                self.leave_out(name, error)
-        if not any(self.shares.values()):
+        for task in flags.tasks or [run.s.dataset]:
+            for name in TASKS if task == "all" else [task]:
+                try:
+                    self.open_task(name, flags.labels or self.protocol.labels)
+                except InputError as error:
+                    self.leave_out(name, error)
+        if not self.shares:
             raise InputError("nothing can be evaluated: there is no task with enough labels")
 
     def open_task(self, name, labels):
@@ -503,19 +509,24 @@ class Table:
             task = load_dataset(run.data.source, s.data_dir, s.image_size, s.device)
         if not task.labelled:
             raise InputError("it has no labels to probe with in both splits")
-        self.tasks[task.name], self.shares[task.name] = task, []
+        if task.name in self.tasks:
+            raise InputError(f"there is another task called {task.name}")
+        shares = []
         for percent in labels:
             try:
                 labelled_subset(task, percent, 0)
-                self.shares[task.name].append(percent)
+                shares.append(percent)
             except InputError as error:
                 self.leave_out(f"{name} at {percent:g}% of the labels", error)
+        if shares:
+            self.tasks[task.name], self.shares[task.name] = task, shares
 
     def leave_out(self, what, error):
-        """Says, once, that something is left out of the table."""
+        """Reports, once, that something is left out of the table."""
         if what not in self.left_out:
             self.left_out.add(what)
-            print(f"left out: {what} ({first_line(error)})", flush=True)
+            print(f"left out: {what} ({first_line(error)})", flush=True,
+                  file=sys.stdout if RANK == 0 else sys.stderr)
 
     def how(self, kind):
         """How an encoder of that kind is trained and judged, as results.csv says it."""
@@ -524,7 +535,8 @@ class Table:
     def made_of(self, name, seed, task):
         """A checksum of what a cell is computed from: the set, how it is used, and the task."""
         chosen, s = self.sets.get(name, seed), self.run.s
-        return checksum(chosen.id, chosen.lr, s.pretrain_batch, s.objective, self.tasks[task].id)
+        return checksum(chosen.id, chosen.lr, name.ssl_epochs, s.pretrain_batch, s.objective,
+                        self.tasks[task].id)
 
     def keys(self, kind, seed, name):
         """{(task, share): KEY} of one pre-training."""
@@ -560,7 +572,7 @@ def evaluate(run, flags=None):
 
 def valid_lines(table):
     """{KEY: line} of results.csv, and of the other ranks' files, as dicts. Lines of this table's
-    sets and tasks that were computed from other files than there are now are dropped, and said."""
+    sets and tasks that were computed from other files are dropped, and reported."""
     names = {name.name: name for name in table.names}
     valid, dropped = {}, set()
     for path in sorted(table.run.set_dir.glob("results*.csv")):
@@ -577,7 +589,8 @@ def valid_lines(table):
                 else:
                     valid[tuple(line[column] for column in KEY)] = line
     if dropped:
-        print(f"made of other files or settings than now, so computed again: {' '.join(dropped)}")
+        print("dropped from results.csv, since made of other files or settings than now: "
+              f"{' '.join(sorted(dropped))}")
     return valid
 
 def write_results(path, lines):
@@ -590,7 +603,7 @@ def write_results(path, lines):
 
 def compute(table, kind, seed, name):
     """Pre-trains an encoder of that kind on the set `name` and judges it on each task: {KEY: line}.
-    What fails costs its own cells, and is said once."""
+    What fails leaves its own cells empty, and is reported once."""
     lines = {}
     try:
         chosen = table.sets.get(name, seed)
@@ -612,16 +625,16 @@ def compute(table, kind, seed, name):
     return lines
 
 def pretrained(table, kind, seed, name, chosen):
-    """(an encoder of that kind, pre-trained on the PretrainingSet `chosen`; its distance, as in Eq.
-    2, from the teacher on test images, "" if they cannot be compared). Diverged if it diverges."""
+    """(an encoder of that kind, pre-trained on the PretrainingSet `chosen`; its `distance`). Raises
+    Diverged if it diverges."""
     run, s = table.run, table.run.s
     objective, d, size = run.objective, run.out_dim, run.data.image_size
     if chosen.images is not None and chosen.targets.numel() > 0:           # made elsewhere?
-        size, d = chosen.images.shape[-1], chosen.targets.shape[-1]
+        size, d, target = chosen.images.shape[-1], chosen.targets.shape[-1], "representations"
         if chosen.targets.dim() == 1:
-            objective, d = OBJECTIVES["ce"], int(chosen.targets.max()) + 1
-        elif objective.target != "representations":
-            objective = OBJECTIVES["mse"]
+            d, target = int(chosen.targets.max()) + 1, "labels"
+        if objective.target != target:
+            objective = OBJECTIVES["ce" if target == "labels" else "mse"]
     net, loss = encoder_and_loss(kind, d, size, objective, s.device, s.compile)
     fresh = build(partial(encoder, kind, d, size), seed, "evaluation encoder")
     net.train().load_state_dict(fresh.state_dict())
@@ -640,12 +653,20 @@ def pretrained(table, kind, seed, name, chosen):
         if not all(p.isfinite().all() for p in net.parameters()):
             raise Diverged(f"pre-training diverged. {advice}")
     net.eval()
-    teacher = run.run_dir / "representations_test.pt"
     comparable = (objective, d, size) == (run.objective, run.out_dim, run.data.image_size)
-    if not comparable or name.ssl_epochs or not teacher.exists():
-        return net, ""
+    return net, distance(run, net) if comparable and not name.ssl_epochs else ""
+
+def distance(run, net):
+    """The distance of Eq. 2 between `net` and the teacher on the test images, or "" if the teacher
+    has not seen them."""
+    path = run.run_dir / "representations_test.pt"
+    if run.objective.target != "representations" or not path.exists():
+        return ""
+    teacher = load(path)
+    if teacher["images"] != checksum(run.data.test_images):
+        return ""
     z = encode(net, run.data.test_images, run.data.normalize)
-    return net, objective.loss(z, load(teacher).to(s.device)).mean().item()
+    return run.objective.loss(z, teacher["representations"].to(z.device)).mean().item()
 
 @cache                           # compiling takes longer than training
 def encoder_and_loss(kind, d, size, objective, device, compiled):
@@ -810,10 +831,14 @@ def open_run(flags):
     s.pretrain_epochs = flags.epochs or PROTOCOLS[flags.protocol].epochs or s.pretrain_epochs
     where = flags.dataset or s.dataset
     data = load_dataset(where, s.data_dir, s.image_size, s.device, s.train_images)
+    run = Run(s, data, set_dir.parent, set_dir, Log(set_dir / "log.jsonl"))
     if data.images_id != entry["made"]["images"]:
-        raise InputError(f"the images of {where} are not those that {set_dir} was made from: say "
+        raise InputError(f"the images of {where} are not those that {set_dir} was made with: say "
                          "where these lie with --dataset")
-    return Run(s, data, set_dir.parent, set_dir, Log(set_dir / "log.jsonl"))
+    z_id = entry["made"].get("representations")
+    if z_id and z_id != checksum(run.targets):
+        raise InputError(f"{set_dir} was made with other representations than those beside it")
+    return run
 
 def main(argv=None):
     """The command line; see the top of this file."""

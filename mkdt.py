@@ -8,14 +8,14 @@ This file begins with Algorithm 1, from top to bottom; the rest ties it to files
 
     teacher   line 1      train f_T by self-supervision (Eq. 1, 6); encode the data: Z_T
     experts   line 2      train K students to match Z_T (Eq. 5, 7); keep theta*_0 .. theta*_T
-    init      line 3      D_syn: the images of highest loss (section 4.2); Z_syn: their part of Z_T
+    init      line 3      D_syn: real images, e.g. of highest loss (4.2); Z_syn: their part of Z_T
     distill   lines 4-19  move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M
                           epochs on the real data end (Eq. 4; M is in epochs, as in Table 8)
     eval      section 5   pre-train an encoder on D_syn and probe it linearly (eval.py)
     figure1   Figure 1    why trajectories of self-supervision are hard to match (not in "all")
 
-Each stage writes its result last, and a stage whose result exists is skipped. If a run is
-interrupted, run the same command again: it resumes from its last checkpoint."""
+Each stage up to "distill" writes its result last, and is skipped if that exists. If the program is
+interrupted, repeat the command: it resumes from its last checkpoint."""
 import argparse
 import ast
 import json
@@ -70,8 +70,8 @@ def train_teacher(model, optimizer, data, s, progress):
         progress(step + 1, loss=loss.detach())
 
 def teacher_batch_size(data, s):
-    """Images a step of the teacher's: at most all, in equal shares for the ranks."""
-    return min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS
+    """The teacher's images a step: at most all, and a multiple of the number of ranks."""
+    return max(RANKS, min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS)
 
 # ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) --------------------------------------------
 def train_expert(student, loss, order, examples, s, seed, progress):
@@ -128,9 +128,8 @@ STARTS = {"high_loss": high_loss, "random": random_images}
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) ---------------------------------
 def matching_loss(loss, theta, target, images, lr, steps):
     """L_DD of Eq. 4 as the paper states it: N steps of Eq. 8 on the distilled images from `theta`,
-    then the distance to `target`, relative to where it began. The arguments are those of
-    `matching_gradient`, but for loss(theta, x, y). It is differentiable in `images` and `lr`, in
-    memory that grows with N."""
+    then the distance to `target`, relative to where it began. Arguments as in `matching_gradient`,
+    except loss(theta, x, y). Differentiable in `images` and `lr`, in memory that grows with N."""
     theta_n = theta
     for batch, y in steps:
         gradient = torch.func.grad(loss)(theta_n, images[batch], y)
@@ -195,8 +194,8 @@ def matching_gradient(inner, theta, target, images, lr, steps):
     return (end - target).square().sum() / scale, grad_images, grad_lr
 
 def bound(grad_images, grad_lr, lr, pixel_lr, syn_lr_lr, limit):
-    """The gradients [n, 3, H, W] and [], scaled down where need be, and for how many images that
-    was. Before momentum, SGD at the rates pixel_lr and syn_lr_lr then moves no image by more than
+    """The gradients [n, 3, H, W] and [], scaled down where need be, and the number of images that
+    were. Before momentum, SGD at the rates pixel_lr and syn_lr_lr then moves no image by more than
     `limit` (root mean square, in standard deviations), and the learned rate `lr` by no more than
     that share of itself; 0: no bound. This is not in the paper: one start at t = 0 can have
     gradients hundreds of times the usual ones, which would ruin the images at once."""
@@ -260,20 +259,20 @@ def distill(inner, experts, syn, optimizer, targets_of, s, progress):
 
 # ---- Settings: each is a flag of the command line and is kept in config.json -------------------
 class Setting(NamedTuple):
-    """A setting, with its range. only: the value of --ssl without which it has no effect. Defaults
-    are the paper's for CIFAR-10 at 2%, but for expert_epochs (20) and clip (0)."""
+    """A setting, with its range. not_for: the --ssl that ignores it. Defaults are the paper's for
+    CIFAR-10 at 2%, except for expert_epochs (paper: 20) and clip (paper: 0)."""
     default: object
     help: str
     low: float = 0
     high: float = 1e9
     choices: tuple = ()
-    only: str = ""
+    not_for: str = ""
 
 SETTINGS = {
-    "data": {                              # `identity` knows them by their contents
+    "data": {                              # not in `identity`, which has checksums instead
         "train_images": Setting(0, "use only this many training images, drawn at random; 0: all"),
         "image_size": Setting(0, "side in pixels to resize images to; 0: their own (folders: 32)"),
-        "representations": Setting("", "a .pt or .npy file [n, d] from any model, not a teacher"),
+        "representations": Setting("", "a .pt or .npy file [n, d] to use instead of a teacher"),
     },
     "teacher": {
         "ssl": Setting("barlow", "self-supervised loss", choices=SSL),
@@ -282,8 +281,8 @@ SETTINGS = {
         "teacher_batch": Setting(256, "images a step, two views of each (simclr: 512)", 2),
         "teacher_lr": Setting(0.01, "peak learning rate of Adam (simclr: 0.001, constant)"),
         "teacher_decay": Setting(1e-6, "weight decay of Adam"),
-        "lambd": Setting(1 / 128, "lambda, the weight of Eq. 1's off-diagonals", only="barlow"),
-        "temperature": Setting(0.5, "temperature of SimCLR's loss", 1e-6, only="simclr"),
+        "lambd": Setting(1 / 128, "lambda, the weight of Eq. 1's off-diagonals", not_for="simclr"),
+        "temperature": Setting(0.5, "temperature of SimCLR's loss", 1e-6, not_for="barlow"),
         "crop_scale": Setting(0.08, "smallest share of an image that a random crop keeps", 1e-6, 1),
         "grey": Setting(0.2, "probability that a view is made grey", 0, 1),
         "max_pool": Setting(0, "1: the teacher's stem ends in max-pooling (TinyImageNet)", 0, 1),
@@ -304,7 +303,7 @@ SETTINGS = {
     "init": {
         "experts": Setting(100, "K, the number of expert trajectories; may be raised later", 1),
         "init": Setting("high_loss", "the initial images", choices=STARTS),
-        "percent": Setting(2.0, "size of the distilled set, as a share of the images", 0, 100),
+        "percent": Setting(2.0, "size of the distilled set, in percent of the images", 0, 100),
     },
     "distill": {
         "syn_steps": Setting(40, "N, steps on the distilled set in an iteration", 1),
@@ -328,7 +327,7 @@ SETTINGS = {
 }
 ALL_SETTINGS = {name: setting for group in SETTINGS.values() for name, setting in group.items()}
 
-# What differs by data set (the teacher: peers' recipes), and by percentage (Tables 8 and 9).
+# What differs by data set (the teacher: as in mix-bt), and by percentage (Tables 8 and 9).
 DATASETS = {
     "cifar10": {},
     "cifar100": {},
@@ -358,7 +357,7 @@ BY_LOSS = {                                # by --ssl, and by --objective
 
 def resolve(dataset, given, image_size=32):
     """All settings of a run on `dataset`, {name: value}: the paper's, changed by those of the data
-    set, of the percentage and of the losses, and by `given`. Says what was chosen for the user."""
+    set, of the percentage and of the losses, and by `given`. Prints what was chosen instead."""
     known = dataset
     if dataset not in DATASETS:
         known = "tinyimagenet" if image_size >= 64 else "cifar10"
@@ -378,7 +377,7 @@ def resolve(dataset, given, image_size=32):
     return values
 
 def check_settings(given):
-    """Raises InputError for a setting that cannot be."""
+    """Raises InputError for an impossible setting."""
     for name, value in given.items():
         setting = ALL_SETTINGS[name]
         flag = f"--{name.replace('_', '-')} {value}"
@@ -391,10 +390,10 @@ def check_settings(given):
 
 def settings_of(s, stage):
     """{name: value} of a stage's settings that make a difference to it."""
-    if stage == "teacher" and s.representations:
+    if stage == "teacher" and s.representations and s.objective != "ssl":
         return {}
     return {name: vars(s)[name] for name, setting in SETTINGS[stage].items()
-            if setting.only in ("", s.ssl)}
+            if setting.not_for != s.ssl}
 
 # ---- The stages: what ties the above to files -------------------------------------------------
 def teacher_stage(run):
@@ -414,33 +413,40 @@ def teacher_stage(run):
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
     steps = s.teacher_epochs * (len(data.train_images) // teacher_batch_size(data, s))
+    checkpoint = run.run_dir / "teacher_checkpoint.pt"
+    advice = (f"Lower --teacher-lr (now {s.teacher_lr:g}), and give another --run-dir or delete "
+              f"{checkpoint} if it exists.")
 
     def probe(step):
         """Says how well the teacher does so far, if there are enough labels."""
         if data.labelled and (data.train_labels >= 0).sum() >= 20:
             model.eval()
-            accuracy, = linear_scores(model[0], data, [5], s.seed)
+            try:
+                accuracy, = linear_scores(model[0], data, [5], s.seed)
+            except ValueError as error:
+                raise Diverged(f"teacher: {error} at step {step}. {advice}") from error
             run.log("teacher", step, steps, probe=accuracy)
             model.train()
 
-    checkpoint = run.run_dir / "teacher_checkpoint.pt"
-    advice = (f"Lower --teacher-lr (now {s.teacher_lr:g}), and give another --run-dir or delete "
-              f"{checkpoint}, which holds the last good state, if it is there.")
     progress = Progress("teacher", steps, run.log, checkpoint, advice, max(1, steps // 3), probe,
                         model=model, optimizer=optimizer, **identity(run, "teacher"))
     train_teacher(model, optimizer, data, s, progress)
-    model.eval()
-    if RANK > 0:                           # on CPUs each rank has a batch norm of its own
-        return
-    z = encode(model[0], data.train_images, data.normalize).cpu()
-    check_representations(z, len(z), f"the teacher failed: lower --teacher-lr {s.teacher_lr}")
+    if RANK == 0:                          # on CPUs each rank has a batch norm of its own
+        save_teacher(run, model[0].eval())
+        checkpoint.unlink(missing_ok=True)
+
+def save_teacher(run, f_T):
+    """teacher.pt, representations_test.pt and, last, representations.pt, of a trained teacher."""
+    data = run.data
+    z = encode(f_T, data.train_images, data.normalize).cpu()
+    check_representations(z, len(z), f"the teacher failed (--teacher-lr {run.s.teacher_lr:g})")
     record(run, "teacher")
-    save(run.run_dir / "teacher.pt", model[0].state_dict())
+    save(run.run_dir / "teacher.pt", f_T.state_dict())
     if len(data.test_images):
-        z_test = encode(model[0], data.test_images, data.normalize)
-        save(run.run_dir / "representations_test.pt", z_test.cpu())
-    save(path, z)                                              # last: the stage is done
-    checkpoint.unlink(missing_ok=True)
+        z_test = encode(f_T, data.test_images, data.normalize)
+        save(run.run_dir / "representations_test.pt",
+             {"images": checksum(data.test_images), "representations": z_test.cpu()})
+    save(run.run_dir / "representations.pt", z)
 
 def read_representations(path, n):
     """The array [n, d] in a .npy or torch file, detached."""
@@ -472,7 +478,7 @@ def experts_stage(run):
     if run.can_compile:
         loss = Compiled(loss)
     examples = Examples(data.train_images, run.targets, data, s)
-    advice = f"Lower --expert-lr (now {s.expert_lr:g})."
+    advice = f"Lower --expert-lr (now {s.expert_lr:g}), and delete the experts if there are any."
     for done, i in enumerate(missing):
         began = time.monotonic()
         fresh = build(run.student, s.seed, "expert", 0 if s.same_start else i)
@@ -551,6 +557,7 @@ def distill_stage(run):
     targets_of = Examples(syn.images, syn.targets, data, s).y
     distill(inner, experts, syn, optimizer, targets_of, s, progress)
     draw_images(run, syn)
+    record(run, "set")
     keep(s.iterations, path)                                   # last: the stage is done
 
 def draw_images(run, syn):
@@ -570,6 +577,7 @@ def eval_stage(run):
         return
     print(f"\n{evaluate(run)}\nresults: {run.set_dir / 'results.md'}\n"
           f"picture: {run.set_dir / 'distilled.png'}")
+    record(run, "set")                     # eval.py goes on with these settings
 
 STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage,
           "distill": distill_stage, "eval": eval_stage}
@@ -596,7 +604,7 @@ def open_run(args, given, **changed):
     functional(encoder(student_name(s), 1, data.image_size))   # refuses batch norm
     run_dir = Path(s.run_dir or f"runs/{data.name}")
     name = s.name or f"{s.percent:g}pct_{s.init}"
-    if Path(name).name != name or name in ("..", "experts"):
+    if Path(name).name != name or name in ("..", "experts", "figure1"):
         raise InputError(f"--name {name}: give the name of a folder in {run_dir}, without slashes")
     log = Log(run_dir / name / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
     return Run(s, data, run_dir, run_dir / name, log)
@@ -627,25 +635,26 @@ def identity(run, section):
     if run.objective.target == "labels":
         made["labels"] = checksum(run.data.train_labels)
     elif run.objective.target == "representations" and section != "teacher":
-        made["representations"] = checksum(load(run.run_dir / "representations.pt"))
+        made["representations"] = checksum(run.targets)
     elif s.representations:
         z = read_representations(s.representations, len(run.data.train_images))
         made["representations"] = checksum(z)
     return made
 
-def check(run, stage):
-    """Raises InputError if what `stage` builds on, or what exists of itself, was made with other
-    settings or in another order."""
-    sections = list(FILES)
-    own = stage if stage in FILES else "set"
-    if own == "teacher" and run.objective.target != "representations":
-        return                             # there is none, so that nothing is built on it
-    position = sections.index(own)
-    for section in sections[:position + 1]:
+def check(run, stages):
+    """Raises InputError if what the stages build on, or what they made before, was made with other
+    settings, or if they would make something again that later results are built on."""
+    sections = [section for section in FILES
+                if section != "teacher" or run.objective.target == "representations"]
+    wanted = [stage if stage in FILES else "set" for stage in stages]
+    for position, section in enumerate(sections):
+        for later in sections[position + 1:]:
+            if section in wanted and not existing(run, section) and existing(run, later):
+                refuse(run, later, "was made before the results that it builds on")
+        if not existing(run, section) or not set(wanted) & set(sections[position:]):
+            continue
         folder = folder_of(run, section)
         entry = read_config(folder / "config.json").get(section)
-        if not existing(run, section):
-            continue
         if entry is None:
             refuse(run, section, "is not described in config.json")
         then, now = entry["made"], identity(run, section)
@@ -655,9 +664,6 @@ def check(run, stage):
             refuse(run, section, f"was made with other settings ({', '.join(differences)})")
         if entry["code"] != code_version():
             print(f"note: the {section} in {folder} was made by other code")
-    for later in sections[position + 1:]:
-        if existing(run, later) and not existing(run, own):
-            refuse(run, later, "was made before the results that it builds on")
 
 def refuse(run, section, reason):
     """Raises InputError: a section cannot be used, for this reason; and what can be done."""
@@ -669,14 +675,15 @@ def refuse(run, section, reason):
                      f"or delete {' '.join(files)}")
 
 def record(run, section):
-    """Writes how a section is made into config.json, just before its first result is saved."""
-    if existing(run, section):
-        return
+    """Writes how a section is made into config.json, just before its first result is saved; later,
+    with what settings it is used."""
     path = folder_of(run, section) / "config.json"
+    entries = read_config(path)
+    if not existing(run, section):
+        entries[section] = {"made": identity(run, section), "code": code_version()}
     settings = {name: vars(run.s)[name] for name in ALL_SETTINGS}
-    entry = {"made": identity(run, section), "code": code_version(), "dataset": run.s.dataset,
-             "settings": settings}
-    save_text(path, json.dumps({**read_config(path), section: entry}, indent=2) + "\n")
+    entries[section] = {**entries[section], "dataset": run.s.dataset, "settings": settings}
+    save_text(path, json.dumps(entries, indent=2) + "\n")
 
 @cache
 def code_version():
@@ -690,16 +697,17 @@ def code_version():
         trees.append(ast.dump(tree))
     return checksum(*trees)
 
-def execute(run, stage):
-    """Runs one stage, if it is not done."""
-    check(run, stage)
+def execute(run, stages):
+    """Runs stages, each if it is not done."""
+    check(run, stages)
     run.set_dir.mkdir(parents=True, exist_ok=True)
-    told = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-            for name, value in settings_of(run.s, stage).items()]
-    print(textwrap.fill(f"{stage}: {'  '.join(told)}", 100, subsequent_indent="    ",
-                        break_on_hyphens=False), flush=True)
-    STAGES[stage](run)
-    barrier()
+    for stage in stages:
+        told = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+                for name, value in settings_of(run.s, stage).items()]
+        print(textwrap.fill(f"{stage}: {'  '.join(told)}", 100, subsequent_indent="    ",
+                            break_on_hyphens=False), flush=True)
+        STAGES[stage](run)
+        barrier()
 
 # ---- Figure 1: why trajectories of self-supervision are hard to match (4.1, appendix A.2) ------
 # A.2's settings for MTT and MTT-SSL; MKDT, of which it says nothing, has its data set's. Five
@@ -720,17 +728,18 @@ def figure1_stage(args, given, run):
     root = run.run_dir / "figure1"
     panels = {"gradient noise": {}, "trajectory variance": {}, "loss": {}, "moved": {}}
     for name, system in FIGURE_1.items():
-        wanted = {**FIGURE_1_COMMON, **system, **given, "standardize": 0,
-                  "representations": str(run.run_dir / "representations.pt")}
-        for stage, count in (("teacher", 5), ("experts", 5), ("init", 1), ("distill", 1)):
-            own = open_run(args, {**wanted, "experts": count}, run_dir=root / name, name="one",
-                           log_seconds=0)
-            try:
-                execute(own, stage)
-            except Diverged as error:
-                if stage != "distill":
-                    raise
-                print(f"figure1: {name}: {error}")             # that is a result as well
+        own = open_run(args, {**FIGURE_1_COMMON, **system, **given, "standardize": 0,
+                              "representations": str(run.run_dir / "representations.pt"),
+                              "objective": system["objective"]}, run_dir=root / name, name="one")
+        own.s.experts = 5
+        execute(own, ["teacher", "experts"])
+        own.s.experts = 1                  # the first is distilled
+        execute(own, ["init"])
+        own.log.seconds = 0
+        try:
+            execute(own, ["distill"])
+        except Diverged as error:
+            print(f"figure1: {name}: {error}")                 # a result too
         experts = torch.stack(load_experts(own, 5))            # [5, T + 1, P]
         if name != "mtt_ssl_4096":                             # it differs in its batch alone
             gradient = torch.func.grad(loss_of_theta(own))
@@ -834,9 +843,7 @@ def main(argv=None):
     with command_line("mkdt.py"):
         args.device = start(args.device)
         run = open_run(args, given)
-        stages = {"all": STAGES, "figure1": ["teacher"]}.get(args.stage, [args.stage])
-        for stage in stages:
-            execute(run, stage)
+        execute(run, {"all": list(STAGES), "figure1": ["teacher"]}.get(args.stage, [args.stage]))
         if args.stage == "figure1":
             figure1_stage(args, given, run)
 

@@ -28,7 +28,7 @@ from data import Dataset, InputError, Log, draw_augmentations, first_line, load,
 # ---- Random numbers: every draw has a name ----------------------------------------------------
 def stream(seed, *name):
     """A torch.Generator for the draw called `name`, e.g. stream(0, "expert order", epoch).
-    Every random number of the project comes from one of these. Nothing then depends on what was
+    Every random number of training comes from one of these. Nothing then depends on what was
     drawn before, expert i is the same whether 5 or 100 are trained, and an interrupted run needs
     no generator's state. `.initial_seed()` is the number to seed something else with."""
     digest = hashlib.sha256(repr((int(seed), *name)).encode()).digest()
@@ -143,11 +143,14 @@ class TorchvisionNet(nn.Module):
         try:
             self.body = torchvision.models.get_model(name, num_classes=out_dim)
             layers = self.body.named_modules()
-            last = [key for key, layer in layers if isinstance(layer, nn.Linear)][-1]
-            self.head = self.body.get_submodule(last)
-            self.body.set_submodule(last, nn.Identity())
+            linear = [key for key, layer in layers if isinstance(layer, nn.Linear)]
+            if not linear:
+                raise ValueError("it has no linear layer")
+            self.head = self.body.get_submodule(linear[-1])
+            self.body.set_submodule(linear[-1], nn.Identity())
             with torch.no_grad():
-                self(torch.zeros(2, 3, image_size, image_size))
+                self.eval()(torch.zeros(2, 3, image_size, image_size))
+            self.train()
         except Exception as error:         # each network has its own reasons
             reason = f"torchvision:{name} cannot take {image_size} pixels ({first_line(error)})"
             raise InputError(reason) from error
@@ -159,7 +162,7 @@ class TorchvisionNet(nn.Module):
         return self.head(self.features(x))
 
 # Name: make(out_dim, image_size, width). Each has `features(x)`, the penultimate representation
-# that is probed, `head`, and `forward(x)`. One that images are distilled with has no batch norm.
+# that is probed, `head`, and `forward(x)`. A student has no batch norm.
 ENCODERS = {
     "convnet": ConvNet,
     "convnet_bn": convnet_bn,
@@ -176,11 +179,12 @@ def encoder(name, out_dim, image_size):
     if kind not in ENCODERS or not re.fullmatch(r"|[1-9]\d*", argument):
         raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a "
                          "width if you like, as in resnet18:16, or give torchvision:NAME")
-    width = [int(argument)] if argument else []
-    return ENCODERS[kind](out_dim, image_size, *width)
+    if argument:
+        return ENCODERS[kind](out_dim, image_size, int(argument))
+    return ENCODERS[kind](out_dim, image_size)
 
 def student_name(s):
-    """The student of the settings, as `encoder` knows it."""
+    """The student's name for `encoder`."""
     return f"{s.student}:{s.width}"
 
 def teacher_network(s, image_size):
@@ -276,8 +280,8 @@ def mean_loss(objective, f, x, y):
     return objective.loss(f(x), y).mean()
 
 def augmentations_of_normalized(data, s, n, draw):
-    """Two augmentations from stream(*draw), as functions of n normalised images of `data`; n = 1:
-    one and the same for any number of images."""
+    """Two augmentations from stream(*draw), as functions of n normalised images of `data`; with
+    n = 1 each is the same for all images."""
     pair = draw_augmentations(n, data.image_size, stream(*draw).initial_seed(),
                               data.train_images.device, (s.crop_scale, 1.0), s.grey)
     return [lambda x, view=view: data.normalize(view(data.denormalize(x))) for view in pair]
@@ -399,14 +403,14 @@ class Run:
 
     @property
     def out_dim(self):
-        """The dimension of a student's output; SimCLR's (A.1) where there is nothing to match."""
+        """The dimension of a student's output: of its targets, or 128 (A.1) for views."""
         if self.targets.dim() == 1:
             return self.data.classes
         return self.targets.shape[1] or 128
 
     @property
     def can_compile(self):
-        """Whether to compile students' steps. Views cannot be: they change with every step."""
+        """Whether to compile students' steps. Views change with every step, and cannot be."""
         return self.s.compile and self.objective.target != "views"
 
     def student(self):

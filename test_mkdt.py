@@ -231,7 +231,7 @@ def test_torchvisions_networks_are_encoders():
     """The last linear layer is the head, its input the features; what cannot be is refused."""
     for name, d in (("squeezenet1_0", None), ("mobilenet_v3_small", 1024), ("resnet18", 512)):
         if d is None:
-            with pytest.raises(InputError, match="torchvision:squeezenet1_0 cannot be used"):
+            with pytest.raises(InputError, match="torchvision:squeezenet1_0 cannot take"):
                 models.encoder(f"torchvision:{name}", 5, 32)
             continue
         net = models.encoder(f"torchvision:{name}", 5, 32).eval()
@@ -679,6 +679,17 @@ def test_a_class_of_test_images_alone_is_an_error(tmp_path):
         data.load_dataset(str(root), tmp_path)
 
 
+def test_a_label_split_may_lack_a_class(tmp_path):
+    """Where training images are unlabelled, they may be of the test classes without a label."""
+    labels = np.where(np.arange(120) % 3 == 1, -1, arrays()["train_labels"])
+    d = opened(tmp_path, train_labels=labels)
+    assert d.train_labels.unique().tolist() == [-1, 0, 2] and d.classes == 3
+    assert d.test_labels.unique().tolist() == [0, 1, 2] and d.labelled
+    net = models.build(lambda: models.ConvNet(4, 32, 4), 0, "a").eval()
+    (score,) = evaluation.linear_scores(net, d, [100], 0)
+    assert score <= 100 * 2 / 3  # the class without a label is never predicted
+
+
 def test_one_class_counts_as_unlabelled(tmp_path, capsys):
     """A level too many looks like one class: it is not probed, and said."""
     make_folder(tmp_path / "x", train=2)
@@ -798,7 +809,7 @@ def test_what_cannot_be_a_data_set_is_named(tmp_path):
     for name, message in (
         ("bad.npz", "bad.npz: no .npz with train_images"),
         ("none.npz", "none.npz: no .npz with"),
-        ("empty", "lacks a folder train/"),
+        ("empty", "no images in train/"),
         ("nothing", "unknown data set"),
     ):
         with pytest.raises(InputError, match=message):
@@ -2096,7 +2107,7 @@ def test_equation_2s_distance_is_that_of_the_encoder(finished):
     d = data.load_dataset("shapes", finished / "data")
     net = models.build(lambda: models.ConvNet(64, 32, 4), 0, "evaluation encoder")
     z = models.encode(net, d.test_images, d.normalize)
-    known = data.load(finished / "run/representations_test.pt")
+    known = data.load(finished / "run/representations_test.pt")["representations"]
     mse = [float(x["mse"]) for x in lines(finished) if x["set"] == "none" and x["seed"] == "0"]
     assert mse == pytest.approx([F.mse_loss(z, known).item()] * 2, rel=1e-4)
 
@@ -2134,6 +2145,29 @@ def test_other_settings_are_refused_and_told(copied, capsys):
     assert not torch.equal(
         slow["images"], data.load(copied / "run" / SET / "distilled.pt")["images"]
     )
+
+
+def test_conflicts_are_found_before_anything_is_computed(copied, capsys):
+    """A setting of a late stage is compared before an early one trains another expert."""
+    said = refused(capsys, run, *at(copied), *TINY, "--experts", "3")
+    assert "experts 2 -> 3" in said and "Give another --name" in said
+    assert not (copied / "run/experts/expert_002.pt").exists()
+
+
+def test_an_entry_comes_with_the_first_result(copied, capsys):
+    """What a stage leaves when it fails says nothing about its settings, but for a checkpoint."""
+    flags = [*at(copied, "new"), *TINY, "--stage", "teacher"]
+    refused(capsys, run, *flags, "--teacher-lr", "1e9")
+    assert not (copied / "new/config.json").exists()
+    run(*flags, "--teacher-lr", "0.002")
+    assert "teacher" in json.loads((copied / "new/config.json").read_text())
+    (copied / "run/teacher.pt").rename(copied / "run/teacher_checkpoint.pt")
+    data.save(copied / "run/teacher_checkpoint.pt", {"step": 1, "ranks": 1, "seed": 7})
+    for path in [*(copied / "run").glob("rep*.pt"), *(copied / "run/experts").iterdir()]:
+        path.unlink()
+    shutil.rmtree(copied / "run" / SET)
+    said = refused(capsys, run, *at(copied), *TINY, "--stage", "teacher")
+    assert "teacher_checkpoint.pt does not fit this run" in said
 
 
 def test_results_without_an_entry_are_refused(copied, capsys):
@@ -2189,6 +2223,51 @@ def test_a_run_knows_its_images_by_their_contents(copied, tmp_path, capsys):
     assert "are not those that" in said and "--dataset" in said
 
 
+def test_eval_knows_what_a_set_was_made_with(copied, capsys):
+    """Other representations are refused; another test split has no distance; later settings of
+    the evaluation are those that eval.py goes on with."""
+    run(*at(copied), *TINY, "--stage", "eval", "--pretrain-lr", 0.2)
+    judge(copied, "--sets", "random", "--seeds", 0, "--labels", 5)
+    assert "| random | 0.2 |" in capsys.readouterr().out
+    images, labels = data.draw_shapes(400, 32, np.random.default_rng(0))
+    np.savez(
+        copied / "data/shapes.npz",
+        train_images=images[:300],
+        train_labels=labels[:300],
+        test_images=images[300:390],
+        test_labels=labels[300:390],
+    )
+    judge(copied, "--sets", "none", "--seeds", 3, "--labels", 5)
+    assert [x["mse"] for x in lines(copied) if x["seed"] == "3"] == [""]
+    z = data.load(copied / "run/representations.pt")
+    data.save(copied / "run/representations.pt", z + 1)
+    assert "made with other representations" in refused(capsys, judge, copied, "--sets", "none")
+
+
+def test_the_normalisation_belongs_to_the_images(tmp_path):
+    """The same pixels under the authors' statistics and under their own are told apart."""
+    np.savez(tmp_path / "cifar10.npz", **arrays())
+    official = data.load_dataset("cifar10", tmp_path)
+    own = data.load_dataset(str(tmp_path / "cifar10.npz"))
+    assert torch.equal(official.train_images, own.train_images)
+    assert official.images_id != own.images_id and official.id != own.id
+
+
+def test_rows_and_tasks_have_names_of_their_own(copied, capsys):
+    """Two sets of one name are refused, a second task of one name is left out; the same name for
+    another set is computed again."""
+    said = refused(capsys, judge, copied, "--sets", "a=random", "a=initial")
+    assert "two of the sets have one name: a a" in said
+    (copied / "other").mkdir()
+    shutil.copy(copied / "data/shapes.npz", copied / "other/shapes.npz")
+    tasks = "--tasks", "shapes", copied / "other/shapes.npz"
+    judge(copied, "--sets", "none", "--seeds", 0, "--labels", 5, *tasks)
+    assert "there is another task called shapes" in capsys.readouterr().out
+    for epochs in (1, 2):
+        judge(copied, "--sets", f"a=random:ssl:{epochs}", "--seeds", 0, "--labels", 5)
+        assert re.search(r"^eval +1/1 ", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_other_code_is_said_and_comments_are_not_code(copied, capsys, monkeypatch):
     """A note where the code has changed; comments, docstrings and layout do not count."""
     path = copied / "run/config.json"
@@ -2224,7 +2303,7 @@ def test_more_iterations_and_seeds_extend(copied, capsys):
     assert torch.equal(one["images"], other["images"]) and one["lr"] == other["lr"]
     before = {str(x) for x in lines(copied) if x["set"] == "none"}
     judge(copied, "--sets", "random", "mkdt", "--seeds", 0)
-    assert "so computed again: mkdt" in capsys.readouterr().out
+    assert "files or settings than now: mkdt" in capsys.readouterr().out
     kept = lines(copied)
     assert len([x for x in kept if x["set"] == "mkdt"]) == 2  # of seed 0; those of the old set went
     judge(copied, "--sets", "random", "mkdt", "--seeds", 0, 5, "--labels", 5)
@@ -2233,7 +2312,7 @@ def test_more_iterations_and_seeds_extend(copied, capsys):
 
 
 def test_snapshots_are_kept_every_thousand_iterations(copied, monkeypatch):
-    """distilled_01000.pt, distilled_02000.pt: what mkdt:1000 evaluates."""
+    """Every 1,000 iterations and at the end: what mkdt:1000 evaluates."""
 
     def nothing(step, theta, target, images, lr, steps):
         return torch.ones(()), 0 * images, 0 * lr
@@ -2242,7 +2321,7 @@ def test_snapshots_are_kept_every_thousand_iterations(copied, monkeypatch):
     for stage in ("init", "distill"):
         run(*at(copied), *TINY, "--name", "long", "--iterations", "2001", "--stage", stage)
     found = sorted(path.name for path in (copied / "run/long").glob("distilled_*.pt"))
-    assert found == ["distilled_01000.pt", "distilled_02000.pt"]
+    assert found == [f"distilled_0{count}.pt" for count in (1000, 2000, 2001)]
     judge(copied, "--sets", "mkdt:1000", "--seeds", 0, name="long")
     assert {x["set"] for x in lines(copied, "long")} == {"mkdt:1000"}
 
@@ -2266,7 +2345,7 @@ def test_representations_of_another_model(tmp_path, capsys):
     assert not (tmp_path / "run/teacher.pt").exists() and usual
     assert data.load(tmp_path / "run" / SET / "distilled.pt")["targets"].shape == (10, 6)
     said = refused(capsys, judge, tmp_path, "--sets", "krr_st:2", "--seeds", 0)
-    assert "teacher.pt does not exist" in said
+    assert "krr_st needs a teacher trained here" in said
     np.save(tmp_path / "z.npy", z + 1)
     assert "representations " in refused(capsys, run, *flags, "--standardize", 0)
     assert "--standardize 1" in refused(capsys, run, *flags, "--standardize", 1)
@@ -2737,7 +2816,7 @@ def check_own_ideas(root):
     net = models.build(lambda: models.encoder("mlp:16", 64, 32), 0, "evaluation encoder")
     d = data.load_dataset("shapes", root / "data")
     out = models.encode(net, d.test_images, d.normalize)
-    known = data.load(root / "run/representations_test.pt")
+    known = data.load(root / "run/representations_test.pt")["representations"]
     distance = (1 - F.cosine_similarity(out, known)).mean().item()
     mse = [float(x["mse"]) for x in lines(root, name) if x["set"] == "none" and x["seed"] == "0"]
     assert mse[0] == pytest.approx(distance, rel=1e-4)  # Eq. 2 follows the objective
@@ -2757,7 +2836,7 @@ def test_bad_flags_are_one_clear_line(copied, capsys):
     """Exit code 2, the flag and what it must be, before anything is computed."""
     for flags, told in (
         (["--dataset", "nothing"], "unknown data set 'nothing'"),
-        (["--percent", "0.1"], "of 200 images is 0"),
+        (["--percent", "0.1"], "is 0 of 200 images"),
         (["--percent", "101"], "and 100"),
         (["--syn-lr", "nan"], "between 0 and 1e+09"),
         (["--expert-lr", "-1"], "--expert-lr -1.0 must be"),
