@@ -33,10 +33,10 @@ from models import (OBJECTIVES, SSL, Compiled, Examples, Run, augmentations_of_n
                     student_name, teacher_network, two_projections)
 
 # ---- Pre-training (Eq. 9) ---------------------------------------------------------------------
-def pretrain(encoder, loss, order, examples, lr, decay, seed, progress):
-    """Trains `encoder` by loss(x, y) on examples(batch, draw) for the (step, batch) of `order`
+def pretrain(net, loss, order, examples, lr, decay, seed, progress):
+    """Trains `net` by loss(x, y) on examples(batch, draw) for the (step, batch) of `order`
     (Eq. 9): SGD with momentum 0.9 at a constant learning rate."""
-    optimizer = torch.optim.SGD(encoder.parameters(), lr, 0.9, weight_decay=decay)
+    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=decay)
     for step, batch in order:
         x, y = examples(batch, (seed, "pretrain views", step))
         value = loss(x, y)
@@ -45,12 +45,12 @@ def pretrain(encoder, loss, order, examples, lr, decay, seed, progress):
         optimizer.step()
         progress(step + 1, loss=value.detach())
 
-def pretrain_ssl(encoder, order, images, data, s, lr, seed, progress):
-    """Trains `encoder` by the teacher's self-supervised loss on uint8 `images` alone: appendix B's
+def pretrain_ssl(net, order, images, data, s, lr, seed, progress):
+    """Trains `net` by the teacher's self-supervised loss on uint8 `images` alone: appendix B's
     "Random (SSL Pre-training)". Adam with weight decay 1e-6."""
-    make_head = partial(SSL[s.ssl].projector, encoder.head.out_features)
+    make_head = partial(SSL[s.ssl].projector, net.head.out_features)
     head = build(make_head, seed, "evaluation projector")
-    network = torch.nn.Sequential(encoder, head.to(images.device))
+    network = torch.nn.Sequential(net, head.to(images.device))
     optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=1e-6)
     for step, batch in order:
         if len(batch) == 1:                # batch norm needs two
@@ -101,29 +101,29 @@ def linear_scores(net, task, percents, seed, log=None):
 
 FINETUNE_STEPS = {"cifar10": 10_000, "cifar100": 10_000, "tinyimagenet": 10_000}       # else 5,000
 
-def finetune(encoder, task, chosen, seed, progress):
-    """A copy of `encoder` with a linear layer, trained as a whole on the images `chosen` of a
+def finetune(net, task, chosen, seed, progress):
+    """A copy of `net` with a linear layer, trained as a whole on the images `chosen` of a
     labelled Dataset for progress.total steps, as Lee et al. (2023) do; it maps images to logits.
     SGD at 0.01 with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of 256; images
     are shifted by up to four pixels and mirrored, then normalised."""
     images, labels, steps = task.train_images[chosen], task.train_labels[chosen], progress.total
-    encoder = copy.deepcopy(encoder).eval()
-    d = encode(encoder.features, images[:1], task.normalize).shape[1]
+    net = copy.deepcopy(net).eval()
+    d = encode(net.features, images[:1], task.normalize).shape[1]
     make_head = partial(torch.nn.Linear, d, task.classes)
-    encoder.head = build(make_head, seed, "fine-tuning head").to(images.device)
-    encoder.train()
-    optimizer = torch.optim.SGD(encoder.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    net.head = build(make_head, seed, "fine-tuning head").to(images.device)
+    net.train()
+    optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4)
     order = batches(len(images), 256, steps, seed, "fine-tuning order", images.device)
     for step, batch in itertools.islice(order, steps):
         draw = stream(seed, "fine-tuning views", step).initial_seed()
         x = task.normalize(shift_and_flip(images[batch].float() / 255, draw))
-        loss = F.cross_entropy(encoder(x), labels[batch])
+        loss = F.cross_entropy(net(x), labels[batch])
         set_learning_rate(optimizer, 0.01 * 0.5 * (1 + math.cos(math.pi * step / steps)))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         progress(step + 1, loss=loss.detach())
-    return encoder.eval()
+    return net.eval()
 
 def finetuned_scores(net, task, percents, seed, log):
     """The accuracy after fine-tuning with each share of the labels."""
@@ -351,7 +351,7 @@ class Sets:
             return PretrainingSet(None, None, 0.0, self.real_id)
         if name.kind == "random":
             total = len(self.run.data.train_images)
-            found = self.real(torch.randperm(total, generator=stream(seed, "random subset")))
+            found = self.real_subset(torch.randperm(total, generator=stream(seed, "random subset")))
         else:
             found = self.load_set(name)
         lr = found.lr or self.run.s.pretrain_lr
@@ -361,7 +361,7 @@ class Sets:
             lr = self.mkdt.lr if name.rate == "mkdt" else float(name.rate)
         return replace(found, lr=lr)
 
-    def real(self, order):
+    def real_subset(self, order):
         """The first of the training images in that order, as many as the distilled set has."""
         chosen = order[:len(self.mkdt.images)]
         return PretrainingSet(self.run.data.train_images[chosen], self.run.targets[chosen], None,
@@ -375,7 +375,7 @@ class Sets:
         if name.kind == "high_loss":
             if self.order is None:
                 raise InputError(f"high_loss needs a teacher, which {run.s.objective} has not")
-            return self.real(self.order)
+            return self.real_subset(self.order)
         if name.kind == "subset":
             order = read_indices(name.argument, len(run.data.train_images))
             told = f"{name.name}: the first {min(n, len(order)):,} of {len(order):,} indices"
@@ -384,7 +384,7 @@ class Sets:
             if run.s.train_images:
                 told += f", among the run's {len(run.data.train_images):,} images"
             print(told, flush=True)
-            return self.real(order)
+            return self.real_subset(order)
         if name.kind == "mkdt" and not name.argument:
             return self.mkdt
         if name.kind == "distilled":
@@ -814,7 +814,7 @@ def parse(argv=None):
     add_common_flags(parser)
     return parser.parse_args(argv)
 
-def open_run(flags):
+def open_set(flags):
     """The Run whose distilled set lies in flags.set_dir, as its config.json describes it."""
     set_dir = Path(flags.set_dir).resolve()
     entry = read_config(set_dir / "config.json").get("set")
@@ -845,7 +845,7 @@ def main(argv=None):
     flags = parse(argv)
     with command_line("eval.py"):
         flags.device = start(flags.device)
-        print("\n" + evaluate(open_run(flags), flags))
+        print("\n" + evaluate(open_set(flags), flags))
 
 if __name__ == "__main__":
     main()

@@ -2567,7 +2567,7 @@ def opened_sets(root, *flags):
     ]
     flags = evaluation.parse(arguments)
     flags.device = torch.device("cpu")
-    return evaluation.Sets(evaluation.open_run(flags))
+    return evaluation.Sets(evaluation.open_set(flags))
 
 
 def test_sets_are_what_they_are_called(copied):
