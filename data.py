@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import ctypes
 import datetime
+import glob
 import io
 import json
 import math
@@ -31,7 +32,6 @@ import torch.nn.functional as F
 from torchvision import datasets
 from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
-
 
 # ---- Errors and files -------------------------------------------------------------------------
 class InputError(ValueError):
@@ -233,12 +233,6 @@ def add_common_flags(parser):
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
         help="torch.compile (default: on GPUs, and students of width 32 and more)")
 
-def compile_pays(args, width):
-    """Whether to compile students: narrow ones on a CPU cost more than they save."""
-    if args.compile is not None:
-        return args.compile
-    return args.device.type == "cuda" or width >= 32
-
 @contextlib.contextmanager
 def command_line(script):
     """Runs a command, of which only rank 0 prints. What a user can put right ends it with one line
@@ -360,18 +354,17 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     images, labels = arrays["train_images"], arrays["train_labels"]
     if image_size not in (0, images.shape[1]):
         raise InputError(f"--image-size {image_size}: {name} has {images.shape[1]} pixels")
-    mean, std = STATISTICS.get(name) or channel_statistics(images)
+    statistics = torch.tensor(STATISTICS.get(name) or channel_statistics(images))
     if 0 < train_images < len(images):
         chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:train_images])
         arrays.update(train_images=images[chosen], train_labels=labels[chosen])
     print(summary(title, arrays), flush=True)
     tensors = [torch.from_numpy(arrays[key]) for key in ARRAYS]
-    ids = {"images_id": checksum(tensors[0], mean, std), "id": checksum(*tensors, mean, std)}
+    ids = checksum(tensors[0], statistics), checksum(*tensors, statistics)
     for i in (0, 2):
         tensors[i] = tensors[i].permute(0, 3, 1, 2)            # [N, H, H, 3] -> [N, 3, H, H]
-    return Dataset(title, *[tensor.to(device) for tensor in tensors],
-                   torch.tensor(mean, device=device)[:, None, None],
-                   torch.tensor(std, device=device)[:, None, None], source=name, **ids)
+    tensors += statistics[:, :, None, None]                    # mean, std: [3, 1, 1]
+    return Dataset(title, *[tensor.to(device) for tensor in tensors], *ids, source=name)
 
 ARRAYS = ["train_images", "train_labels", "test_images", "test_labels"]
 EXTRAS = ["mkdt_class_names", "mkdt_notes"]                    # what only our own .npz files have
@@ -420,13 +413,11 @@ def channel_statistics(images):
     """Mean and standard deviation of each channel, in [0, 1], of uint8 images [N, H, W, 3], or of
     some of them if they are large, to save memory."""
     sample = images[::images.size // 10_000_000 + 1]
-    levels = np.arange(256) / 255
     mean, std = [], []
     for channel in range(3):
-        counts = np.bincount(sample[..., channel].ravel(), minlength=256)
-        mean.append(float(np.average(levels, weights=counts)))
-        variance = np.average((levels - mean[-1]) ** 2, weights=counts)
-        std.append(max(float(variance) ** 0.5, 1e-3))
+        values = sample[..., channel] / 255
+        mean.append(float(values.mean()))
+        std.append(max(float(values.std()), 1e-3))
     return mean, std
 
 def cached(data_dir, name, size, usual_size, read):
@@ -533,21 +524,20 @@ def decode(splits, size, class_names=(), notes=()):
             "mkdt_notes": np.array(notes, str)}
 
 # ---- Folders of images ------------------------------------------------------------------------
-def hidden(name):
-    """Whether a file or folder is the operating system's."""
-    return name.startswith(".") or name in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+SYSTEM_FILES = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
 
 def list_folder(folder):
     """(the files below train/ and test/ in sorted order, relative to `folder`; a checksum of their
     names, sizes and times). Hidden files and folders do not count."""
     files, state = [], []
     for split in ("train", "test"):
-        for root, folders, names in os.walk(folder / split, followlinks=True):
-            folders[:] = sorted(name for name in folders if not hidden(name))
-            for path in [Path(root, name) for name in sorted(names) if not hidden(name)]:
-                files.append(path.relative_to(folder))
-                if path.exists():                              # no dead link
-                    state.append((str(files[-1]), path.stat().st_size, path.stat().st_mtime))
+        found = glob.glob("**", root_dir=folder / split, recursive=True)   # nothing that is hidden
+        for path in sorted(Path(split, name) for name in found):
+            if SYSTEM_FILES.isdisjoint(path.parts) and not (folder / path).is_dir():
+                files.append(path)
+                if (folder / path).exists():                   # no dead link
+                    stat = (folder / path).stat()
+                    state.append((str(path), stat.st_size, stat.st_mtime))
     return files, checksum(state)
 
 def read_folder(folder, files, size):

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_flags, barrier,
-                  checksum, command_line, compile_pays, first_line, load, load_dataset,
+                  checksum, command_line, first_line, load, load_dataset,
                   rank_0_first, save, save_text, share, shift_and_flip, start)
 from models import (OBJECTIVES, SSL, Compiled, Examples, Run, augmentations_of_normalized, batches,
                     build, encode, encoder, mean_loss, read_config, set_learning_rate, stream,
@@ -460,20 +460,29 @@ def read_distilled(path, device):
     return PretrainingSet(images.detach().to(device, torch.float),
                           targets.detach().to(device, kind), lr, checksum(images, targets))
 
-# ---- The table: its rows and cells, and the lines of results.csv ------------------------------
+# ---- Results: what is asked for, and the lines of results.csv ---------------------------------
 TASKS = "cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers".split()          # of Table 1
-KEY = ["set", "how", "task", "labels", "seed"]
-COLUMNS = [*KEY, "rate", "accuracy", "mse", "made_of"]
+
+class Line(NamedTuple):
+    """A line of results.csv: one accuracy. The first five fields tell lines apart."""
+    set: str
+    how: str                               # the encoder, the protocol, the epochs
+    task: str
+    labels: str                            # in percent
+    seed: str
+    rate: str
+    accuracy: str
+    mse: str                               # the `distance`
+    made_of: str                           # a checksum of the set, of its use and of the task
 
 class Table:
     """What can be computed of the table that the flags of eval.py ask for; the rest is left out,
     and reported. Raises InputError if nothing is left, or a set or an encoder cannot be made.
     names: a SetName for each row. tasks: {name: Dataset}. shares: {name of a task: shares of its
-    labels, in percent}."""
+    labels, in percent}. jobs: {(encoder, seed, SetName): its lines, without the accuracy}."""
 
     def __init__(self, run, flags):
-        self.run, self.protocol = run, PROTOCOLS[flags.protocol]
-        self.seeds, self.paired = flags.seeds, flags.paired
+        self.run, self.protocol, self.paired = run, PROTOCOLS[flags.protocol], flags.paired
         self.encoders = flags.encoders or [self.protocol.encoder or student_name(run.s)]
         for kind in self.encoders:
             encoder(kind, run.out_dim, run.data.image_size)
@@ -488,7 +497,7 @@ class Table:
             raise InputError(f"--paired {self.paired} is not one of the sets: {' '.join(rows)}")
         with rank_0_first():               # it distils the baselines
             for name in self.names:
-                self.sets.get(name, self.seeds[0])
+                self.sets.get(name, flags.seeds[0])
         self.tasks, self.shares, self.left_out = {}, {}, set()
         for task in flags.tasks or [run.s.dataset]:
             for name in TASKS if task == "all" else [task]:
@@ -498,6 +507,8 @@ class Table:
                     self.leave_out(name, error)
         if not self.shares:
             raise InputError("nothing can be evaluated: there is no task with enough labels")
+        jobs = itertools.product(self.encoders, flags.seeds, self.names)
+        self.jobs = {job: self.lines_of(*job) for job in jobs}
 
     def open_task(self, name, labels):
         """Adds a task, with those shares of its labels that leave an image."""
@@ -511,123 +522,108 @@ class Table:
             raise InputError("it has no labels to probe with in both splits")
         if task.name in self.tasks:
             raise InputError(f"there is another task called {task.name}")
-        shares = []
-        for percent in labels:
-            try:
-                labelled_subset(task, percent, 0)
-                shares.append(percent)
-            except InputError as error:
-                self.leave_out(f"{name} at {percent:g}% of the labels", error)
+        count = int((task.train_labels >= 0).sum())
+        shares = [percent for percent in labels if percent * count >= 100]
+        for percent in set(labels).difference(shares):
+            self.leave_out(f"{name} at {percent:g}% of the labels", f"it has {count} in all")
         if shares:
             self.tasks[task.name], self.shares[task.name] = task, shares
 
-    def leave_out(self, what, error):
+    def leave_out(self, what, reason):
         """Reports, once, that something is left out of the table."""
         if what not in self.left_out:
             self.left_out.add(what)
-            print(f"left out: {what} ({first_line(error)})", flush=True,
+            print(f"left out: {what} ({first_line(reason)})", flush=True,
                   file=sys.stdout if RANK == 0 else sys.stderr)
 
     def how(self, kind):
         """How an encoder of that kind is trained and judged, as results.csv says it."""
         return f"{kind}, {self.protocol.name}, {self.run.s.pretrain_epochs} epochs"
 
-    def made_of(self, name, seed, task):
-        """A checksum of what a cell is computed from: the set, how it is used, and the task."""
+    def lines_of(self, kind, seed, name):
+        """The lines of one pre-training, as they are before it is done."""
         chosen, s = self.sets.get(name, seed), self.run.s
-        return checksum(chosen.id, chosen.lr, name.ssl_epochs, s.pretrain_batch, s.objective,
-                        self.tasks[task].id)
-
-    def keys(self, kind, seed, name):
-        """{(task, share): KEY} of one pre-training."""
-        return {(task, percent): (name.name, self.how(kind), task, f"{percent:g}", str(seed))
-                for task, shares in self.shares.items() for percent in shares}
+        lines = []
+        for task, shares in self.shares.items():
+            made_of = checksum(chosen.id, chosen.lr, name.ssl_epochs, s.pretrain_batch, s.objective,
+                               self.tasks[task].id)
+            for percent in shares:
+                lines.append(Line(name.name, self.how(kind), task, f"{percent:g}", str(seed),
+                                  str(chosen.lr or ""), "", "", made_of))
+        return lines
 
 def evaluate(run, flags=None):
-    """Computes the cells that results.csv lacks of the table that the flags of eval.py ask for, or
-    of the usual one with paired differences; returns the table and keeps it as results.md."""
+    """Computes what results.csv lacks of the table that the flags of eval.py ask for, or of the
+    usual one with paired differences; returns the table and keeps it as results.md."""
     table = Table(run, flags or parse([str(run.set_dir), "--paired"]))
-    lines = valid_lines(table)
-    barrier()                              # until every rank has read
-    jobs = [job for job in itertools.product(table.encoders, table.seeds, table.names)
-            if any(key not in lines for key in table.keys(*job).values())][RANK::RANKS]
-    for done, (kind, seed, name) in enumerate(jobs):
+    path = run.set_dir / "results.csv"
+    with rank_0_first():
+        results = valid_results(table, path)
+    missing = [job for job, lines in table.jobs.items()
+               if any(line[:5] not in results for line in lines)][RANK::RANKS]
+    for done, (kind, seed, name) in enumerate(missing):
         began = time.monotonic()
-        found = compute(table, kind, seed, name)
-        lines.update(found)
-        write_results(run.set_dir / f"results{f'_{RANK}' if RANK else ''}.csv", lines)
-        scores = {f"{key[2]} {key[3]}%": float(line["accuracy"]) for key, line in found.items()}
-        run.log("eval", done + 1, len(jobs), 1 / (time.monotonic() - began),
+        lines = compute(table, kind, seed, name)
+        with open(path, "a", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(lines)
+        scores = {f"{line.task} {line.labels}%": float(line.accuracy) for line in lines}
+        run.log("eval", done + 1, len(missing), 1 / (time.monotonic() - began),
                 f"{name.name}, seed {seed}, {kind}", **scores)
     barrier()                              # until every rank has written
-    lines = valid_lines(table)
-    text = print_table(table, lines)
-    barrier()
-    if RANK == 0:
-        write_results(run.set_dir / "results.csv", lines)
-        for other in run.set_dir.glob("results_*.csv"):
-            other.unlink()
-        save_text(run.set_dir / "results.md", text)
+    text = print_table(table, valid_results(table, path))
+    save_text(run.set_dir / "results.md", text)
     return text
 
-def valid_lines(table):
-    """{KEY: line} of results.csv, and of the other ranks' files, as dicts. Lines of this table's
-    sets and tasks that were computed from other files are dropped, and reported."""
-    names = {name.name: name for name in table.names}
-    valid, dropped = {}, set()
-    for path in sorted(table.run.set_dir.glob("results*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            if rows.fieldnames != COLUMNS:
-                raise InputError(f"{path} is not as this program writes it (columns "
-                                 f"{','.join(COLUMNS)}): move it away, and it is made anew")
-            for line in rows:
-                name, seed, task = line["set"], line["seed"], line["task"]
-                checked = name in names and task in table.tasks
-                if checked and line["made_of"] != table.made_of(names[name], seed, task):
-                    dropped.add(name)
-                else:
-                    valid[tuple(line[column] for column in KEY)] = line
+def valid_results(table, path):
+    """{the first five fields: Line} of results.csv, to which several processes may append lines.
+    What this table would compute from other files or settings is dropped, and reported."""
+    results, dropped = {}, set()
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    header, *rows = csv.reader(before.splitlines() or [",".join(Line._fields)])
+    if tuple(header) != Line._fields:
+        raise InputError(f"{path} is not as this program writes it (columns "
+                         f"{','.join(Line._fields)}): move it away, and it is made anew")
+    for row in rows:
+        if len(row) == len(header):        # a kill or a full disk can cut one off
+            results[tuple(row[:5])] = Line(*row)
+    for line in itertools.chain(*table.jobs.values()):
+        if results.get(line[:5], line).made_of != line.made_of:
+            del results[line[:5]]
+            dropped.add(line.set)
     if dropped:
         print("dropped from results.csv, since made of other files or settings than now: "
               f"{' '.join(sorted(dropped))}")
-    return valid
-
-def write_results(path, lines):
-    """results.csv of {KEY: line}."""
-    text = io.StringIO()
-    rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    rows.writeheader()
-    rows.writerows(lines.values())
-    save_text(path, text.getvalue())
+    after = io.StringIO()
+    csv.writer(after, lineterminator="\n").writerows([Line._fields, *results.values()])
+    if after.getvalue() != before:
+        save_text(path, after.getvalue())
+    return results
 
 def compute(table, kind, seed, name):
-    """Pre-trains an encoder of that kind on the set `name` and judges it on each task: {KEY: line}.
-    What fails leaves its own cells empty, and is reported once."""
-    lines = {}
+    """Pre-trains an encoder of that kind on the set `name` and judges it on each task: the lines.
+    What fails leaves its own lines out, and is reported once."""
+    found = []
     try:
-        chosen = table.sets.get(name, seed)
-        net, mse = pretrained(table, kind, seed, name, chosen)
+        net, mse = pretrained(table, kind, seed, name)
     except (ValueError, RuntimeError) as error:
         table.leave_out(name.name, error)
-        return lines
-    keys = table.keys(kind, seed, name)
+        return found
     for task, shares in table.shares.items():
         try:
             scores = table.protocol.scores(net, table.tasks[task], shares, seed, table.run.log)
         except (ValueError, RuntimeError) as error:
             table.leave_out(f"{name.name} on {task}", error)
             continue
-        for percent, score in zip(shares, scores):
-            key = keys[task, percent]
-            values = *key, chosen.lr or "", score, mse, table.made_of(name, seed, task)
-            lines[key] = dict(zip(COLUMNS, map(str, values)))
-    return lines
+        lines = [line for line in table.jobs[kind, seed, name] if line.task == task]
+        for line, score in zip(lines, scores):
+            found.append(line._replace(accuracy=str(score), mse=str(mse)))
+    return found
 
-def pretrained(table, kind, seed, name, chosen):
-    """(an encoder of that kind, pre-trained on the PretrainingSet `chosen`; its `distance`). Raises
-    Diverged if it diverges."""
+def pretrained(table, kind, seed, name):
+    """(an encoder of that kind, pre-trained on the set `name`; its `distance`). Raises Diverged if
+    it diverges."""
     run, s = table.run, table.run.s
+    chosen = table.sets.get(name, seed)
     objective, d, size = run.objective, run.out_dim, run.data.image_size
     if chosen.images is not None and chosen.targets.numel() > 0:           # made elsewhere?
         size, d, target = chosen.images.shape[-1], chosen.targets.shape[-1], "representations"
@@ -635,7 +631,7 @@ def pretrained(table, kind, seed, name, chosen):
             d, target = int(chosen.targets.max()) + 1, "labels"
         if objective.target != target:
             objective = OBJECTIVES["ce" if target == "labels" else "mse"]
-    net, loss = encoder_and_loss(kind, d, size, objective, s.device, s.compile)
+    net, loss = encoder_and_loss(kind, d, size, objective, s.device, run.can_compile)
     fresh = build(partial(encoder, kind, d, size), seed, "evaluation encoder")
     net.train().load_state_dict(fresh.state_dict())
     torch.manual_seed(stream(seed, "dropout").initial_seed())  # some of torchvision's have it
@@ -673,12 +669,12 @@ def encoder_and_loss(kind, d, size, objective, device, compiled):
     """(an encoder on the device, its loss(x, y)): made once, and trained again and again."""
     net = encoder(kind, d, size).to(device).to(memory_format=torch.channels_last)
     loss = partial(mean_loss, objective, net)
-    if compiled and objective.target != "views":
+    if compiled:
         loss = Compiled(loss)
     return net, loss
 
 # ---- Printing the table -----------------------------------------------------------------------
-def print_table(table, lines):
+def print_table(table, results):
     """results.md: a table for each encoder. A row for each share of labels and set, a column for
     each task: percent correct, mean ± standard deviation over seeds, the best in bold. Beside it
     the paper's mean, if the paper has such a table, and the difference of the set `paired`."""
@@ -692,11 +688,13 @@ def print_table(table, lines):
         head.append("MSE")
         rows = []
         for percent in sorted(set(itertools.chain(*table.shares.values()))):
-            rows += table_rows(table, lines, kind, percent, paper)
+            rows += table_rows(table, results, kind, f"{percent:g}", paper)
         if rows:
             text.append(f"## {table.run.data.name}, {table.run.s.percent:g}% distilled: "
                         f"{table.how(kind)}\n")
-            text += [as_line(head), as_line(["---"] * len(head)), *map(as_line, rows), ""]
+            for cells in (head, ["---"] * len(head), *rows):
+                text.append(f"| {' | '.join(cells)} |")
+            text.append("")
     if not text:
         raise InputError("no cell of the table could be computed: see the lines above")
     text.append("Percent correct: mean ± standard deviation over seeds; best but full in bold.")
@@ -705,36 +703,34 @@ def print_table(table, lines):
                     "where there are three seeds or more (with three it is rough).")
     return "\n".join(text) + "\n"
 
-def as_line(cells):
-    """A line of a table in Markdown."""
-    return f"| {' | '.join(cells)} |"
-
-def table_rows(table, lines, kind, percent, paper):
+def table_rows(table, results, kind, percent, paper):
     """The rows of one encoder and one share of labels, as lists of cells."""
-    scores, used = {}, {}                  # {(set, task): {seed: accuracy}}, {set: its lines}
-    for name, seed in itertools.product(table.names, table.seeds):
-        for (task, share), key in table.keys(kind, seed, name).items():
-            if share == percent and key in lines:
-                of = scores.setdefault((name.name, task), {})
-                of[seed] = float(lines[key]["accuracy"])
-                used.setdefault(name.name, []).append(lines[key])
+    used = {name.name: [] for name in table.names}             # {set: its lines}
+    scores = {}                                                # {(set, task): {seed: accuracy}}
+    for line in itertools.chain(*table.jobs.values()):
+        line = results.get(line[:5])
+        if line and line.how == table.how(kind) and line.labels == percent:
+            used[line.set].append(line)
+            scores.setdefault((line.set, line.task), {})[line.seed] = float(line.accuracy)
     best = {}
     for (name, task), of in scores.items():
         if name != "full":
             best[task] = max(best.get(task, 0), np.mean(list(of.values())))
     rows = []
-    for name, own in used.items():
-        rate = own[0]["rate"]
-        row = [f"{percent:g}%", name, rate and f"{float(rate):.3g}",
-               str(len({line["seed"] for line in own}))]
+    for name, lines in used.items():
+        if not lines:
+            continue
+        rate = lines[0].rate
+        row = [f"{percent}%", name, rate and f"{float(rate):.3g}",
+               str(len({line.seed for line in lines}))]
         for task in table.tasks:
             of = scores.get((name, task), {})
             row.append(mean_and_deviation(of, best.get(task)))
             if paper:
-                row.append(paper.get((f"{percent:g}", name, task), ""))
+                row.append(paper.get((percent, name, task), ""))
             if table.paired:
                 row.append(paired_difference(scores.get((table.paired, task), {}), of))
-        distances = [float(line["mse"]) for line in own if line["mse"]]
+        distances = [float(line.mse) for line in lines if line.mse]
         row.append(f"{np.mean(distances):.4f}" if distances else "")
         rows.append(row)
     return rows
@@ -826,8 +822,7 @@ def open_set(flags):
         if not 0 < percent <= 100:
             raise InputError(f"--labels {percent:g} must be above 0 and at most 100")
     s = argparse.Namespace(**entry["settings"], dataset=entry["dataset"], data_dir=flags.data_dir,
-                           device=flags.device)
-    s.compile = compile_pays(flags, s.width)
+                           device=flags.device, compile=flags.compile)
     s.pretrain_epochs = flags.epochs or PROTOCOLS[flags.protocol].epochs or s.pretrain_epochs
     where = flags.dataset or s.dataset
     data = load_dataset(where, s.data_dir, s.image_size, s.device, s.train_images)

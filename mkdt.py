@@ -31,7 +31,7 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_flags, barrier,
-                  checksum, command_line, compile_pays, first_line, load, load_dataset,
+                  checksum, command_line, first_line, load, load_dataset,
                   rows_of_all_ranks, save, save_text, share, start, sum_over_ranks, whole_file)
 from eval import evaluate, linear_scores
 from models import (OBJECTIVES, SSL, Compiled, Examples, Run, batches, build, encode, encoder,
@@ -46,7 +46,7 @@ def train_teacher(model, optimizer, data, s, progress):
     batch_size = teacher_batch_size(data, s)
     steps_per_epoch = len(data.train_images) // batch_size
     network = model
-    if s.compile and s.device.type == "cuda" and RANKS == 1:
+    if s.compile is not False and s.device.type == "cuda" and RANKS == 1:
         network = Compiled(model)
     half = s.bf16 == "on" or (s.bf16 == "auto" and s.device.type == "cuda")
 
@@ -591,7 +591,6 @@ def open_run(args, given, **changed):
                         given.get("train_images", 0))
     settings = resolve(args.dataset, given, data.image_size)
     s = argparse.Namespace(**{**vars(args), **settings, **changed})
-    s.compile = compile_pays(args, s.width)
     share(len(data.train_images), s.percent, "--percent")
     last = s.max_start_epoch + s.match_epochs
     if last > s.expert_epochs:

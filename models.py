@@ -410,8 +410,11 @@ class Run:
 
     @property
     def can_compile(self):
-        """Whether to compile students' steps. Views change with every step, and cannot be."""
-        return self.s.compile and self.objective.target != "views"
+        """Whether to compile students' steps. Narrow ones on a CPU cost more than they save; views
+        change with every step, and cannot be."""
+        pays = self.s.device.type == "cuda" or self.s.width >= 32
+        wanted = pays if self.s.compile is None else self.s.compile
+        return wanted and self.objective.target != "views"
 
     def student(self):
         """A student of the settings, on the device; its weights are arbitrary."""

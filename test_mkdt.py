@@ -2710,7 +2710,7 @@ def test_an_encoder_is_probed_in_eval_mode(copied):
     flags = evaluation.parse(["", "--sets", "mkdt"])
     table = evaluation.Table(sets.run, flags)
     name = evaluation.parse_set("mkdt")
-    net, _ = evaluation.pretrained(table, "resnet10:4", 0, name, sets.get(name, 0))
+    net, _ = evaluation.pretrained(table, "resnet10:4", 0, name)
     x = sets.run.data.normalize(sets.run.data.test_images[:8])
     assert not net.training and torch.allclose(net.features(x)[:2], net.features(x[:2]), atol=1e-5)
 
@@ -2738,10 +2738,10 @@ def test_an_encoder_that_fails_leaves_the_others(copied, capsys, monkeypatch):
     """Its table is missing, and said; those of the other encoders are printed."""
     pretrained = evaluation.pretrained
 
-    def fails_for_resnets(table, kind, seed, name, chosen):
+    def fails_for_resnets(table, kind, seed, name):
         if kind == "resnet10:4":
             raise ValueError("it diverged")
-        return pretrained(table, kind, seed, name, chosen)
+        return pretrained(table, kind, seed, name)
 
     monkeypatch.setattr(evaluation, "pretrained", fails_for_resnets)
     encoders = ["--encoders", "resnet10:4", "convnet:4"]
@@ -2761,13 +2761,27 @@ def test_a_share_of_labels_that_leaves_nothing_drops_its_column(copied, capsys):
 
 
 def test_cells_are_kept_and_those_that_lack_are_made_again(copied, capsys):
-    """A shortened results.csv is filled up to the same lines; one of a spreadsheet is refused."""
+    """A results.csv that was cut off is filled up to the same lines; a spreadsheet's is refused."""
     path, whole = copied / "run" / SET / "results.csv", lines(copied)
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-5]))
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-5]) + "random,conv")
     judge(copied)
     assert sorted(map(str, lines(copied))) == sorted(map(str, whole))
     path.write_text(path.read_text().replace(",", ";"))
     assert "results.csv is not as this program writes it" in refused(capsys, judge, copied)
+
+
+def test_lines_of_another_process_are_kept(copied, monkeypatch):
+    """Two processes may evaluate one set at a time: each adds its lines to results.csv."""
+    path, compute = copied / "run" / SET / "results.csv", evaluation.compute
+    other = path.read_text().splitlines()[-1].replace(",2,", ",77,")
+
+    def while_another_writes(*job):
+        path.write_text(f"{path.read_text()}{other}\n")
+        return compute(*job)
+
+    monkeypatch.setattr(evaluation, "compute", while_another_writes)
+    judge(copied, "--sets", "none", "--seeds", 9)
+    assert {"9", "77"} <= {line["seed"] for line in lines(copied)}
 
 
 def test_one_place_to_change(tmp_path, capsys):
@@ -3032,7 +3046,6 @@ def test_two_ranks_make_a_run_that_one_goes_on_with(tmp_path, capsys):
     assert two.returncode == 0, said
     assert said.count("distill:") == 1 and "| mkdt |" in said
     assert len(lines(tmp_path)) == 2 * 3 * 8
-    assert not list((tmp_path / "run" / SET).glob("results_*.csv"))  # they have been joined
     run(*at(tmp_path), *TINY)
     assert "eval          1/" not in capsys.readouterr().out  # nothing was left to do
     z = tmp_path / "run/representations.pt"
