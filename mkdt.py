@@ -9,8 +9,8 @@ This file begins with Algorithm 1, from top to bottom; the rest ties it to files
     teacher   line 1      train f_T by self-supervision (Eq. 1, 6); encode the data: Z_T
     experts   line 2      train K students to match Z_T (Eq. 5, 7); keep theta*_0 .. theta*_T
     init      line 3      D_syn: real images, e.g. of highest loss (4.2); Z_syn: their part of Z_T
-    distill   lines 4-19  move D_syn and alpha_syn so that N steps on them (Eq. 8) end where M
-                          epochs on the real data end (Eq. 4; M is in epochs, as in Table 8)
+    distill   lines 4-19  move D_syn and alpha_syn until N steps on them end where M epochs on
+                          the real data end (Eq. 4 and 8)
     eval      section 5   pre-train an encoder on D_syn and probe it linearly (eval.py)
     figure1   Figure 1    why trajectories of self-supervision are hard to match (not in "all")
 
@@ -18,7 +18,9 @@ Each stage up to "distill" writes its result last, and is skipped if that exists
 interrupted, repeat the command: it resumes from its last checkpoint."""
 import argparse
 import ast
+import contextlib
 import json
+import re
 import textwrap
 import time
 from dataclasses import dataclass
@@ -43,9 +45,9 @@ def train_teacher(model, optimizer, data, s, progress):
     """Trains `model`, an encoder and its projection head, by self-supervision (Eq. 6). The ranks
     share each batch; the loss, in float32, is of the projections of all of them."""
     method = SSL[s.ssl]
+    network = model
     batch_size = teacher_batch_size(data, s)
     steps_per_epoch = len(data.train_images) // batch_size
-    network = model
     if s.compile is not False and s.device.type == "cuda" and RANKS == 1:
         network = Compiled(model)
     half = s.bf16 == "on" or (s.bf16 == "auto" and s.device.type == "cuda")
@@ -70,7 +72,7 @@ def train_teacher(model, optimizer, data, s, progress):
         progress(step + 1, loss=loss.detach())
 
 def teacher_batch_size(data, s):
-    """The teacher's images a step: at most all, and a multiple of the number of ranks."""
+    """At most all images, and a multiple of the number of ranks."""
     return max(RANKS, min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS)
 
 # ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) --------------------------------------------
@@ -186,7 +188,7 @@ def matching_gradient(inner, theta, target, images, lr, steps):
     v = 2 * (end - target) / scale
     grad_images = torch.zeros_like(images)
     grad_lr = torch.zeros_like(lr)
-    for theta_n, (batch, y) in zip(reversed(thetas), reversed(steps)):
+    for theta_n, (batch, y) in zip(thetas[::-1], steps[::-1]):
         hv, gx, gv = inner.adjoint(theta_n, images[batch], y, v)
         grad_images.index_add_(0, batch.to(images.device), gx * -lr)
         grad_lr -= gv
@@ -225,9 +227,8 @@ class Distilled:
 def new_distilled(images, targets, s):
     """Lines 3 and 4: the Distilled set as distillation begins, and the SGD of line 18."""
     syn = Distilled(images.clone(), targets, images.new_tensor(s.syn_lr), images)
-    groups = [{"params": [syn.images], "lr": s.pixel_lr},
-              {"params": [syn.lr], "lr": s.syn_lr_lr}]
-    return syn, torch.optim.SGD(groups, momentum=s.syn_momentum)
+    rates = [{"params": syn.images, "lr": s.pixel_lr}, {"params": syn.lr, "lr": s.syn_lr_lr}]
+    return syn, torch.optim.SGD(rates, momentum=s.syn_momentum)
 
 def distill(inner, experts, syn, optimizer, targets_of, s, progress):
     """Algorithm 1, lines 5 - 19: moves syn.images and syn.lr, in place, by `optimizer`.
@@ -258,15 +259,14 @@ def distill(inner, experts, syn, optimizer, targets_of, s, progress):
         progress(iteration + 1, loss=loss / RANKS, lr=syn.lr.clone(), bounded=bounded, moved=moved)
 
 # ---- Settings: each is a flag of the command line and is kept in config.json -------------------
+# The defaults are the paper's for CIFAR-10 at 2%, but for expert_epochs (20) and clip (0).
 class Setting(NamedTuple):
-    """A setting, with its range. not_for: the --ssl that ignores it. Defaults are the paper's for
-    CIFAR-10 at 2%, except for expert_epochs (paper: 20) and clip (paper: 0)."""
     default: object
     help: str
     low: float = 0
     high: float = 1e9
     choices: tuple = ()
-    not_for: str = ""
+    not_for: str = ""                      # the --ssl that ignores it
 
 SETTINGS = {
     "data": {                              # not in `identity`, which has checksums instead
@@ -315,8 +315,6 @@ SETTINGS = {
         "syn_momentum": Setting(0.5, "momentum of both"),
         "syn_batch": Setting(256, "distilled images a step", 1),
         "clip": Setting(0.1, "bound on an iteration's step of images and of alpha_syn; 0: none"),
-    },
-    "length": {
         "iterations": Setting(5000, "S, distillation iterations; may be raised later", 1),
     },
     "eval": {
@@ -365,16 +363,13 @@ def resolve(dataset, given, image_size=32):
     percent = {**defaults, **DATASETS[known], **given}["percent"]
     published = [p for name, p in TABLES_8_AND_9 if name == known]
     row = min(published, key=lambda p: abs(p - percent))
-    values = {**defaults, **BY_LOSS.get(given.get("ssl"), {}), **DATASETS[known],
-              **dict(zip(ROW, TABLES_8_AND_9[known, row])),
-              **BY_LOSS.get(given.get("objective"), {}), **given}
-    if values["representations"] and "standardize" not in given:
-        values["standardize"] = 0
     if known != dataset:
         print(f"there are no settings for {dataset}: using those for {known} at {row}%")
     elif percent not in published:
         print(f"there are no settings for {percent:g}% of {known}: using those for {row}%")
-    return values
+    return {**defaults, **BY_LOSS.get(given.get("ssl"), {}), **DATASETS[known],
+            **dict(zip(ROW, TABLES_8_AND_9[known, row])),
+            **BY_LOSS.get(given.get("objective"), {}), **given}
 
 def check_settings(given):
     """Raises InputError for an impossible setting."""
@@ -465,8 +460,8 @@ def check_representations(z, n, source):
         raise InputError(f"{source}: representations must be [{n}, d], finite and not all alike, "
                          f"unlike these {list(z.shape)}")
     if not 1e-3 < z.std() < 1e3:
-        print(f"note: the representations' standard deviation is {z.std():.3g}; at the usual "
-              "learning rates it should be near 1: scale them, or change --expert-lr and --syn-lr")
+        print(f"note: the representations' standard deviation, {z.std():.3g}, is far from 1: scale "
+              "them, or change --expert-lr and --syn-lr")
 
 def experts_stage(run):
     """experts/expert_000.pt ...: flat float32 [T + 1, P], those that are missing."""
@@ -562,12 +557,11 @@ def distill_stage(run):
 
 def draw_images(run, syn):
     """SET/distilled.png: ten images as they began, above the same distilled."""
-    count = min(10, len(syn.images))
-    pairs = torch.cat([syn.initial[:count], syn.images[:count]])
+    pairs = torch.cat([syn.initial[:10], syn.images[:10]])
     tiles = run.data.denormalize(pairs).clamp(0, 1)
     zoomed = torch.nn.functional.interpolate(tiles, scale_factor=3)
     with whole_file(run.set_dir / "distilled.png") as file:
-        save_image(make_grid(zoomed, nrow=count, pad_value=1), file, format="png")
+        save_image(make_grid(zoomed, len(pairs) // 2, pad_value=1), file, format="png")
 
 def eval_stage(run):
     """SET/results.csv, results.md: the distilled set and its baselines but for the full data."""
@@ -586,7 +580,6 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 def open_run(args, given, **changed):
     """The Run of the command line `args` with the settings `given`. Says what was read and what was
     chosen. Raises InputError for what cannot work, before anything is computed."""
-    check_settings(given)
     data = load_dataset(args.dataset, args.data_dir, given.get("image_size", 0), args.device,
                         given.get("train_images", 0))
     settings = resolve(args.dataset, given, data.image_size)
@@ -631,6 +624,7 @@ def identity(run, section):
     made = {"images": run.data.images_id, "seed": s.seed}
     for stage in MADE_BY[section]:
         made.update(settings_of(s, stage))
+    made.pop("iterations", None)
     if run.objective.target == "labels":
         made["labels"] = checksum(run.data.train_labels)
     elif run.objective.target == "representations" and section != "teacher":
@@ -645,12 +639,12 @@ def check(run, stages):
     settings, or if they would make something again that later results are built on."""
     sections = [section for section in FILES
                 if section != "teacher" or run.objective.target == "representations"]
-    wanted = [stage if stage in FILES else "set" for stage in stages]
+    wanted = {stage if stage in FILES else "set" for stage in stages}
     for position, section in enumerate(sections):
         for later in sections[position + 1:]:
             if section in wanted and not existing(run, section) and existing(run, later):
                 refuse(run, later, "was made before the results that it builds on")
-        if not existing(run, section) or not set(wanted) & set(sections[position:]):
+        if not existing(run, section) or wanted.isdisjoint(sections[position:]):
             continue
         folder = folder_of(run, section)
         entry = read_config(folder / "config.json").get(section)
@@ -666,8 +660,9 @@ def check(run, stages):
 
 def refuse(run, section, reason):
     """Raises InputError: a section cannot be used, for this reason; and what can be done."""
+    sections = list(FILES)
     files = []
-    for later in list(FILES)[list(FILES).index(section):]:
+    for later in sections[sections.index(section):]:
         files += existing(run, later)
     flag = "--name" if section == "set" else "--run-dir"
     raise InputError(f"the {section} in {folder_of(run, section)} {reason}. Give another {flag}, "
@@ -681,20 +676,18 @@ def record(run, section):
     if not existing(run, section):
         entries[section] = {"made": identity(run, section), "code": code_version()}
     settings = {name: vars(run.s)[name] for name in ALL_SETTINGS}
-    entries[section] = {**entries[section], "dataset": run.s.dataset, "settings": settings}
+    entries[section].update(dataset=run.s.dataset, settings=settings)
     save_text(path, json.dumps(entries, indent=2) + "\n")
 
 @cache
 def code_version():
     """A checksum of the code without its comments, docstrings and layout."""
-    trees = []
+    code = []
     for name in ("data.py", "models.py", "eval.py", "mkdt.py"):
-        tree = ast.parse(Path(__file__).with_name(name).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""      # a docstring
-        trees.append(ast.dump(tree))
-    return checksum(*trees)
+        text = Path(__file__).with_name(name).read_text(encoding="utf-8")
+        text = re.sub('""".*?"""', "0", text, flags=re.DOTALL)             # the docstrings
+        code.append(ast.unparse(ast.parse(text)))
+    return checksum(*code)
 
 def execute(run, stages):
     """Runs stages, each if it is not done."""
@@ -727,7 +720,7 @@ def figure1_stage(args, given, run):
     root = run.run_dir / "figure1"
     panels = {"gradient noise": {}, "trajectory variance": {}, "loss": {}, "moved": {}}
     for name, system in FIGURE_1.items():
-        own = open_run(args, {**FIGURE_1_COMMON, **system, **given, "standardize": 0,
+        own = open_run(args, {**FIGURE_1_COMMON, **system, **given,
                               "representations": str(run.run_dir / "representations.pt"),
                               "objective": system["objective"]}, run_dir=root / name, name="one")
         own.s.experts = 5
@@ -762,44 +755,38 @@ def figure1_stage(args, given, run):
 def gradient_noise(gradient, theta, examples, n, seed, batch_size=256, count=32):
     """tr Cov(g_B) / |E g_B|^2 of the mini-batch gradient at theta [P]: what Theorem 4.1 is about,
     without a scale. From `count` batches of n images; both parts are estimated without bias."""
-    total = torch.zeros_like(theta, dtype=torch.float64)
-    squares = 0.0
+    gradients = []
     for k in range(count):
         batch = torch.randperm(n, generator=stream(seed, "gradient noise", k))[:batch_size]
         x, y = examples(batch, (seed, "gradient noise views", k))
-        g = gradient(theta, x, y).double()
-        total += g
-        squares += float(g.square().sum())
-    mean_square = float((total / count).square().sum())
-    covariance = (squares - count * mean_square) / (count - 1)
-    return covariance / max(mean_square - covariance / count, 1e-30)
+        gradients.append(gradient(theta, x, y).double())
+    gradients = torch.stack(gradients)                                     # [count, P]
+    covariance = float(gradients.var(dim=0).sum())
+    mean_square = float(gradients.mean(dim=0).square().sum()) - covariance / count
+    return covariance / max(mean_square, 1e-30)
 
 def logged(run, name):
-    """[(iteration, value), ...] of a quantity in the log of distillation; what was done again after
-    an interruption replaces what was there."""
+    """[(iteration, value), ...] of a quantity in the log of distillation; an iteration that was
+    done again after an interruption counts once."""
     points = {}
     for line in run.log.path.read_text().splitlines():
-        try:
+        with contextlib.suppress(ValueError):                  # a line that a kill cut off
             values = json.loads(line)
-        except ValueError:                                     # a line that a kill cut off
-            continue
-        if values["stage"] == "distill" and name in values:
-            points = {step: value for step, value in points.items() if step < values["step"]}
-            points[values["step"]] = values[name]
+            if values["stage"] == "distill" and name in values:
+                points[values["step"]] = values[name]
     return sorted(points.items())
 
 def draw_plot(path, panels):
-    """A plot of {panel: {line: [(x, y), ...]}}, if matplotlib is installed."""
+    """A plot of {panel: {system: [(x, y), ...]}}, if matplotlib is installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: it takes matplotlib (pip install matplotlib)")
         return
     figure = Figure(figsize=(4.5 * len(panels), 3.5), layout="constrained")
-    colours = {}                           # one for each line, in all panels
-    for axes, (panel, lines) in zip(figure.subplots(1, len(panels)), panels.items()):
-        for name, points in lines.items():
-            colour = colours.setdefault(name, f"C{len(colours)}")
+    for axes, (panel, systems) in zip(figure.subplots(1, len(panels)), panels.items()):
+        for name, points in systems.items():
+            colour = f"C{list(FIGURE_1).index(name)}"          # the same in all panels
             axes.plot(*zip(*points), label=name, color=colour)
         axes.set(title=panel, xlabel="epoch, iteration",
                  yscale="linear" if panel == "loss" else "log")
@@ -840,6 +827,7 @@ def main(argv=None):
     """The command line; see the top of this file."""
     args, given = parse(argv)
     with command_line("mkdt.py"):
+        check_settings(given)
         args.device = start(args.device)
         run = open_run(args, given)
         execute(run, {"all": list(STAGES), "figure1": ["teacher"]}.get(args.stage, [args.stage]))

@@ -2374,7 +2374,7 @@ def test_representations_of_another_model(tmp_path, capsys):
         "--representations",
         tmp_path / "small.npy",
     )
-    assert "standard deviation is 9.78e-06" in capsys.readouterr().out
+    assert "standard deviation, 9.78e-06" in capsys.readouterr().out
     for bad, told in (
         (z[:100], "must be [200, d]"),
         (z * np.nan, "not all alike"),
