@@ -1,5 +1,4 @@
-"""MKDT: dataset distillation by matching knowledge-distillation trajectories (Joshi, Ni &
-Mirzasoleiman, ICLR 2025).
+"""MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025): dataset distillation by matching trajectories.
 
     python mkdt.py --stage all --dataset shapes      minutes on a laptop: no GPU, no network
     python mkdt.py --stage all --dataset cifar10     the paper's CIFAR-10 at 2%: for a GPU
@@ -143,10 +142,9 @@ class InnerStep:
 
     gradient(theta, x, y) = g = dL/dtheta, of which Eq. 8 subtracts alpha_syn g
     adjoint(theta, x, y, v) = (H v, d(g . v)/dx, g . v), where H = dg/dtheta. Differentiating the
-        scalar g . v, itself made of a gradient, gives all three; H is never formed.
-    compile(f) returns a faster f."""
+        scalar g . v, itself made of a gradient, gives all three; H is never formed."""
 
-    def __init__(self, loss, compile=None):
+    def __init__(self, loss):
         gradient = torch.func.grad(loss)
 
         def adjoint(theta, x, y, v):
@@ -157,9 +155,6 @@ class InnerStep:
 
         self.gradient = gradient
         self.adjoint = adjoint
-        if compile:
-            self.gradient = compile(gradient)
-            self.adjoint = compile(adjoint)
 
 def matching_gradient(inner, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate: what
@@ -526,8 +521,9 @@ def distill_stage(run):
     """SET/distilled.pt, its snapshots every 1,000 iterations, and a picture."""
     s, data = run.s, run.data
     path = run.set_dir / "distilled.pt"
-    if path.exists() and load(path)["iterations"] >= s.iterations:
-        print(f"distill: {path} has {load(path)['iterations']} iterations already")
+    done = load(path)["iterations"] if path.exists() else 0
+    if done >= s.iterations:
+        print(f"distill: {path} has {done} iterations already")
         return
     init = load(run.set_dir / "init.pt")
     syn, optimizer = new_distilled(init["images"].to(s.device), init["targets"].to(s.device), s)
@@ -540,8 +536,10 @@ def distill_stage(run):
               "iterations": iteration, "mean": data.mean.flatten().cpu(),
               "std": data.std.flatten().cpu()})
 
-    two_shapes = partial(Compiled, max_shapes=2)     # full batches, and a pass's last one
-    inner = InnerStep(loss_of_theta(run), two_shapes if run.can_compile else None)
+    inner = InnerStep(loss_of_theta(run))
+    if run.can_compile:                    # two shapes: full batches, and a pass's last one
+        inner.gradient = Compiled(inner.gradient, max_shapes=2)
+        inner.adjoint = Compiled(inner.adjoint, max_shapes=2)
     advice = (f"Under another --name, lower --pixel-lr (now {s.pixel_lr:g}) or --syn-lr-lr (now "
               f"{s.syn_lr_lr:g}), or bound the steps with --clip (now {s.clip:g}).")
     progress = Progress("distill", s.iterations, run.log, run.set_dir / "distill_checkpoint.pt",
@@ -609,7 +607,6 @@ MADE_BY = {"teacher": ["teacher"], "experts": ["teacher", "experts"],
            "set": ["teacher", "experts", "init", "distill"]}
 
 def folder_of(run, section):
-    """The folder of a section's files."""
     return run.set_dir if section == "set" else run.run_dir
 
 def existing(run, section):
@@ -766,8 +763,7 @@ def gradient_noise(gradient, theta, examples, n, seed, batch_size=256, count=32)
     return covariance / max(mean_square, 1e-30)
 
 def logged(run, name):
-    """[(iteration, value), ...] of a quantity in the log of distillation; an iteration that was
-    done again after an interruption counts once."""
+    """[(iteration, value), ...] of a quantity in the log of distillation, the latest of each."""
     points = {}
     for line in run.log.path.read_text().splitlines():
         with contextlib.suppress(ValueError):                  # a line that a kill cut off
