@@ -1,9 +1,5 @@
 """Data of MKDT: files, progress, devices, data sets and augmentation.
 
-    Progress          reports on a training loop, saves its state and resumes it
-    load_dataset      a data set by name, from a folder or from an .npz, as uint8 tensors
-    two_views         the augmentations A of Eq. 1, with parameters of its own for every image
-
 A data set is decoded once into <data-dir>/<name>.npz: uint8 train_images, test_images [N, H, H, 3],
 integer train_labels, test_labels [N]. If that file exists, nothing is downloaded or decoded."""
 import argparse
@@ -21,16 +17,14 @@ import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torchvision import datasets
-from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.transforms.functional import rgb_to_grayscale, to_pil_image
 
 # ---- Errors and files -------------------------------------------------------------------------
@@ -46,8 +40,7 @@ def first_line(error):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A temporary binary file to write, which is renamed to `path` once it is complete. Raises
-    InputError if that fails."""
+    """A binary file to write, at `path` once it is complete. Raises InputError if that fails."""
     path, beside = Path(path), Path(f"{path}.{RANK}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +63,6 @@ def save(path, value):
         file.write(buffer.getbuffer())
 
 def save_text(path, text):
-    """Writes a text file in UTF-8."""
     with whole_file(path) as file:
         file.write(text.encode())
 
@@ -81,31 +73,27 @@ def load(path, **options):
     except FileNotFoundError:
         raise InputError(f"{path} does not exist: is it mistyped, or its stage not run?") from None
     except Exception as error:             # pickle, zip and torch each have their own
-        reason = f"{path} is damaged, or not a torch file of plain data ({type(error).__name__})"
-        raise InputError(reason) from error
+        raise InputError(f"{path} is damaged, or not a torch file of plain data") from error
 
 def checksum(*values):
     """Eight hexadecimal digits that tell the contents of tensors or plain values apart."""
     crc = 0
     for value in values:
-        if torch.is_tensor(value):
-            content = value.detach().cpu().contiguous().numpy()
-        else:
-            content = repr(value).encode()
+        is_tensor = torch.is_tensor(value)
+        content = value.detach().cpu().contiguous().numpy() if is_tensor else repr(value).encode()
         crc = zlib.crc32(content, crc)
     return f"{crc:08x}"
 
 # ---- Progress of a training loop --------------------------------------------------------------
 class Log:
     """Prints progress lines and appends them to the file `path` as JSON, one object a line.
-    seconds: the time between two lines; minutes: the time between two checkpoints."""
+    seconds: between two lines; minutes: between checkpoints; speed: steps a second, 0: unknown."""
 
     def __init__(self, path=None, seconds=10.0, minutes=5.0):
         self.path, self.seconds, self.minutes = path, seconds, minutes
         self.last = -math.inf
 
     def __call__(self, stage, step, total, speed=0.0, note="", **values):
-        """speed: steps a second, 0 if it is not known yet."""
         self.last = time.monotonic()
         line = f"{stage:<8} {step:>6}/{total}"
         for name, value in values.items():
@@ -119,13 +107,11 @@ class Log:
 
 class Progress:
     """Accompanies a training loop of `total` steps. Call it after each step with the number of
-    steps done and with values to report. They are read from the device only when a line or one of
-    the below is due, as means since then. advice: what to do if one is no longer finite.
-
-    checkpoint: the file for `state`, written every few minutes and at the end. If it exists,
-    tensors and objects with a state_dict are restored from it at once, anything else must be as it
-    was, and the loop goes on from `first_step`. visit(step) is called every `every` steps and at
-    the end."""
+    steps done and with values to report; they are read from the device only when that is due, as
+    means. Raises Diverged, with `advice`, if one is not finite or "lr" (alpha_syn) not positive.
+    visit(step) is called every `every` steps and at the end. checkpoint: the file for `state`,
+    written every few minutes and at the end. If it exists, tensors and objects with a state_dict
+    are restored, anything else must be as it was, and the loop goes on from `first_step`."""
 
     def __init__(self, stage, total, log, checkpoint=None, advice="", every=0, visit=None, **state):
         self.stage, self.total, self.log = stage, total, log
@@ -143,10 +129,24 @@ class Progress:
             self.timed = step, now
         last = step == self.total
         line_due = now - self.log.last >= self.log.seconds
-        visit_due = self.every > 0 and (last or step % self.every == 0)
+        visit_due = self.visit and (last or step % self.every == 0)
         save_due = self.checkpoint and (last or now - self.saved_at >= 60 * self.log.minutes)
-        if last or line_due or visit_due or save_due:
-            self.report(step, line_due or self.checkpoint)
+        if not (last or line_due or visit_due or save_due):
+            return
+        means = {}
+        for name, latest in values.items():
+            means[name] = float(sum(each[name] for each in self.recent)) / len(self.recent)
+            value = float(latest) if name == "lr" else means[name]
+            if not math.isfinite(value) or (name == "lr" and value <= 0):
+                raise Diverged(f"{self.stage}: {name} became {value:.3g} by step {step}. "
+                               f"{self.advice}")
+        now = time.monotonic()             # reading the values has waited for the device
+        if line_due or self.checkpoint:
+            first, since = self.timed
+            speed = (step - first) / max(now - since, 1e-9)
+            self.log(self.stage, step, self.total, speed, **means)
+        self.recent = []
+        self.timed = step, now
         if visit_due:
             self.visit(step)
         if save_due:
@@ -156,25 +156,6 @@ class Progress:
             if RANK == 0:
                 save(self.checkpoint, saved)
             self.saved_at = time.monotonic()
-
-    def report(self, step, print_line):
-        """Checks the means since the last report, and prints them if `print_line`. Raises Diverged
-        if one is not finite, or if the learned rate alpha_syn, "lr", is not positive."""
-        means = {}
-        for name, latest in self.recent[-1].items():
-            mean = float(sum(values[name] for values in self.recent)) / len(self.recent)
-            if not math.isfinite(mean) or (name == "lr" and latest <= 0):
-                value = float(latest) if math.isfinite(mean) else mean
-                raise Diverged(f"{self.stage}: {name} became {value:.3g} by step {step}. "
-                               f"{self.advice}")
-            means[name] = mean
-        now = time.monotonic()             # reading the values has waited for the device
-        if print_line:
-            first, since = self.timed
-            speed = (step - first) / max(now - since, 1e-9)
-            self.log(self.stage, step, self.total, speed, **means)
-        self.recent = []
-        self.timed = step, now
 
     @torch.no_grad()
     def restore(self):
@@ -214,11 +195,9 @@ def start(device):
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True                  # the shapes are few
     else:
-        # Keep freed blocks for the next step: the kernel would clear the pages of those that glibc
-        # gives back to it, which is much of a step's time.
         with contextlib.suppress(AttributeError, TypeError):   # another C library
-            mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: do not trim
+            mallopt = ctypes.CDLL(None).mallopt                # fresh pages cost much of a step
+            mallopt(-1, 2**31 - 1)                             # M_TRIM_THRESHOLD: keep freed blocks
             mallopt(-4, 0)                                     # M_MMAP_MAX: no separate blocks
     if RANKS > 1 and not dist.is_initialized():
         wait = datetime.timedelta(days=7)                      # the others wait while rank 0 works
@@ -226,7 +205,6 @@ def start(device):
     return device
 
 def add_common_flags(parser):
-    """The flags that mkdt.py and eval.py have in common."""
     add = parser.add_argument
     add("--data-dir", default="data", help="where data sets are kept (default: data)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
@@ -235,9 +213,8 @@ def add_common_flags(parser):
 
 @contextlib.contextmanager
 def command_line(script):
-    """Runs a command, of which only rank 0 prints. What a user can put right ends it with one line
-    and exit code 2. A character that the console lacks becomes a question mark."""
-    sys.stdout.reconfigure(errors="replace")
+    """Runs a command, of which only rank 0 prints. A user's error is one line and exit code 2."""
+    sys.stdout.reconfigure(errors="replace")                   # "?" for what a console lacks
     sys.stderr.reconfigure(errors="replace")
     try:
         with contextlib.redirect_stdout(sys.stdout if RANK == 0 else None):
@@ -250,7 +227,6 @@ def command_line(script):
         sys.exit(f"{script}: stopped; run the same command again to go on")
 
 def barrier():
-    """Returns when every rank has come here."""
     if RANKS > 1:
         dist.barrier()
 
@@ -266,7 +242,6 @@ def rank_0_first():
             barrier()
 
 def sum_over_ranks(tensors):
-    """Replaces each of `tensors` by its sum over the ranks."""
     if RANKS > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
@@ -282,19 +257,18 @@ def rows_of_all_ranks(z):
     return torch.cat(rows)
 
 # ---- A data set -------------------------------------------------------------------------------
-# Means and standard deviations of the authors' code: the pixel rates of Tables 8 and 9 are in
-# these units. Any other data set is normalised by its own training images.
+# Means and standard deviations of the authors' code: the units of Tables 8 and 9's pixel rates.
 STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2009, 0.1984, 0.2023)),
     "tinyimagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+ARRAYS = ["train_images", "train_labels", "test_images", "test_labels"]
+EXTRAS = ["mkdt_class_names", "mkdt_notes"]                    # what only our own .npz files have
 
 @dataclass
 class Dataset:
-    """Images uint8 [N, 3, H, H], labels int64 [N] from 0 on (-1: unknown), mean and std [3, 1, 1]
-    of the pixels. images_id, id: checksums of the normalised training images, and of everything.
-    source: the name that it was loaded by."""
+    """uint8 images [N, 3, H, H]; int64 labels [N] from 0 on, -1: unknown; mean, std [3, 1, 1]."""
     name: str
     train_images: torch.Tensor
     train_labels: torch.Tensor
@@ -302,9 +276,9 @@ class Dataset:
     test_labels: torch.Tensor
     mean: torch.Tensor
     std: torch.Tensor
-    images_id: str = ""
-    id: str = ""
-    source: str = ""
+    images_id: str = ""                    # a checksum of the normalised training images
+    id: str = ""                           # a checksum of everything
+    source: str = ""                       # the name that it was loaded by
 
     @property
     def image_size(self):
@@ -326,7 +300,6 @@ class Dataset:
         return (images - self.mean) / self.std
 
     def denormalize(self, images):
-        """The inverse of `normalize`, in [0, 1]."""
         return images * self.std + self.mean
 
 def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images=0):
@@ -341,23 +314,21 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     if name in OFFICIAL:
         if path.is_dir():
             print(f"{name} is the official data set; for the folder of that name give ./{name}")
-        read = partial(read_official, name, Path(data_dir))
-        path = cached(Path(data_dir), name, image_size, OFFICIAL[name].side, read)
+        path = cached(data_dir, name, image_size, partial(read_official, name, Path(data_dir)))
     elif path.is_dir():
         files, version = list_folder(path)
-        read = partial(read_folder, path, files)
-        path = cached(Path(data_dir), f"{title}-{version}", image_size, 32, read)
+        path = cached(data_dir, f"{title}-{version}", image_size, partial(read_folder, path, files))
     elif path.suffix != ".npz":
         raise InputError(f"unknown data set {name!r}: give {', '.join(OFFICIAL)}, a folder or .npz")
     arrays = read_npz(path)
     number_classes(name, arrays)
-    images, labels = arrays["train_images"], arrays["train_labels"]
+    images = arrays["train_images"]
     if image_size not in (0, images.shape[1]):
         raise InputError(f"--image-size {image_size}: {name} has {images.shape[1]} pixels")
     statistics = torch.tensor(STATISTICS.get(name) or channel_statistics(images))
     if 0 < train_images < len(images):
         chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:train_images])
-        arrays.update(train_images=images[chosen], train_labels=labels[chosen])
+        arrays.update(train_images=images[chosen], train_labels=arrays["train_labels"][chosen])
     print(summary(title, arrays), flush=True)
     tensors = [torch.from_numpy(arrays[key]) for key in ARRAYS]
     ids = checksum(tensors[0], statistics), checksum(*tensors, statistics)
@@ -366,21 +337,16 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     tensors += statistics[:, :, None, None]                    # mean, std: [3, 1, 1]
     return Dataset(title, *[tensor.to(device) for tensor in tensors], *ids, source=name)
 
-ARRAYS = ["train_images", "train_labels", "test_images", "test_labels"]
-EXTRAS = ["mkdt_class_names", "mkdt_notes"]                    # what only our own .npz files have
-
 def number_classes(name, arrays):
-    """Renumbers the labels from 0 on, in place; -1: unknown. Raises InputError if there are test
-    classes without a training image, unless unlabelled ones may be of these classes."""
+    """Renumbers labels from 0 on, in place. Raises InputError if only the test has some class."""
     train, test = arrays["train_labels"], arrays["test_labels"]
     names = arrays["mkdt_class_names"]
-    classes = np.unique(train[train >= 0])
-    unseen = np.setdiff1d(test[test >= 0], classes)
-    if len(classes) == 0:
+    if (train < 0).all():
         test[:] = -1
-    elif len(unseen) and (train >= 0).all():
+    classes = np.union1d(train[train >= 0], test[test >= 0])
+    unseen = np.setdiff1d(classes, train)
+    if len(unseen) and (train >= 0).all():     # else unlabelled ones may be of these classes
         raise InputError(f"{name}: no training images of the test classes {listed(unseen, names)}")
-    classes = np.union1d(classes, unseen)
     for labels in (train, test):
         labels[:] = np.where(labels < 0, -1, np.searchsorted(classes, labels))
     if len(names):
@@ -391,7 +357,6 @@ def listed(classes, names):
     return ", ".join(str(k) for k in (names[classes] if len(names) else classes)[:10])
 
 def summary(title, arrays):
-    """What was read, in lines of at most 100 columns."""
     labels, test = arrays["train_labels"], arrays["test_labels"]
     names, side = arrays["mkdt_class_names"], arrays["train_images"].shape[1]
     counts = np.bincount(labels[labels >= 0])
@@ -410,21 +375,19 @@ def summary(title, arrays):
     return textwrap.fill("; ".join([text, *arrays["mkdt_notes"]]), 100, subsequent_indent="    ")
 
 def channel_statistics(images):
-    """Mean and standard deviation of each channel, in [0, 1], of uint8 images [N, H, W, 3], or of
-    some of them if they are large, to save memory."""
+    """Mean and standard deviation of each channel, in [0, 1], of images or, if large, of some."""
     sample = images[::images.size // 10_000_000 + 1]
-    mean, std = [], []
+    statistics = []
     for channel in range(3):
         values = sample[..., channel] / 255
-        mean.append(float(values.mean()))
-        std.append(max(float(values.std()), 1e-3))
-    return mean, std
+        statistics.append((values.mean(), max(values.std(), 1e-3)))
+    return np.transpose(statistics).tolist()
 
-def cached(data_dir, name, size, usual_size, read):
+def cached(data_dir, name, size, read):
     """The path of the .npz `name` in data_dir. If there is none, read(size) makes its arrays."""
-    if size not in (0, usual_size):
-        name = f"{name}-{size}px"
-    path = data_dir / f"{name}.npz"
+    usual_size = OTHER_SIZES.get(name, 32)
+    suffix = f"-{size}px" if size not in (0, usual_size) else ""
+    path = Path(data_dir, f"{name}{suffix}.npz")
     with rank_0_first():
         if not path.exists():
             with whole_file(path) as file:
@@ -451,8 +414,7 @@ def read_npz(path):
             raise InputError(f"{path}: {split}_images must be uint8 [N, H, H, 3] or [N, H, H], all "
                              f"of one size, not {images.dtype} {list(images.shape)}")
         if labels.size != len(images) or labels.dtype.kind not in "biu":
-            raise InputError(f"{path}: {split}_labels must be {len(images)} integers, not "
-                             f"{labels.dtype} {list(labels.shape)}")
+            raise InputError(f"{path}: {split}_labels must be {len(images)} integers")
         arrays[f"{split}_images"] = images
         arrays[f"{split}_labels"] = labels.ravel().astype(np.int64)
     if len(train) < 2 or side < (8,) or train.min() == train.max():
@@ -473,35 +435,30 @@ def as_people_see_it(image):
     grey scaled. Raises ValueError for a mode that has no such form."""
     from PIL import Image, ImageOps                            # torchvision brings Pillow
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):
-        deep = np.asarray(image)
-        if deep.min() < 0 or deep.max() > 65535:
-            raise ValueError("its grey values are beyond 16 bits")
-        image = Image.fromarray((deep / 257).round().astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("mode F, 32-bit floating point, has no range of its own")
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image)
+        if image.mode == "F" or grey.min() < 0 or grey.max() > 65535:
+            raise ValueError(f"mode {image.mode} has no known range, or its values pass 16 bits")
+        image = Image.fromarray((grey / 257).round().astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")
 
 def decode(splits, size, class_names=(), notes=()):
-    """The arrays of a data set from {"train": pairs, "test": pairs}: sequences of (picture, label),
-    where a picture is a path or a PIL image. They are squashed to `size` with Lanczos. Files that
-    are no images are left out; InputError, naming up to 20, if images cannot be read."""
+    """The arrays of {"train": pairs, "test": pairs}: sequences of (path or PIL image, label).
+    Squashes to `size` by Lanczos; leaves out what is no image. InputError if one is broken."""
     from PIL import Image, UnidentifiedImageError
     suffixes = Image.registered_extensions()
     arrays, broken, left_out = {}, [], []
 
     def read(pairs, i, row):
-        """Puts picture i into `row` and returns its label, or None if it cannot be read."""
         picture = f"image {i}"
         try:
             picture, label = pairs[i]
             image = Image.open(picture) if isinstance(picture, Path) else picture
             row[:] = as_people_see_it(image).resize((size, size), Image.Resampling.LANCZOS)
             return label
-        except Exception as error:                             # PIL raises almost anything
+        except Exception as error:         # PIL raises almost anything; the label is then None
             suffix = Path(str(picture)).suffix.lower()
             if isinstance(error, UnidentifiedImageError) and suffix not in suffixes:
                 left_out.append(suffix or "no suffix")
@@ -520,15 +477,14 @@ def decode(splits, size, class_names=(), notes=()):
     if left_out:
         kinds = ", ".join(sorted(set(left_out)))
         notes = [*notes, f"left out: {len(left_out)} files that are not images ({kinds})"]
-    return {**arrays, "mkdt_class_names": np.array(class_names, str),
-            "mkdt_notes": np.array(notes, str)}
+    arrays.update(mkdt_class_names=np.array(class_names, str), mkdt_notes=np.array(notes, str))
+    return arrays
 
 # ---- Folders of images ------------------------------------------------------------------------
 SYSTEM_FILES = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
 
 def list_folder(folder):
-    """(the files below train/ and test/ in sorted order, relative to `folder`; a checksum of their
-    names, sizes and times). Hidden files and folders do not count."""
+    """Sorted files of train/ and test/, relative to `folder`; a checksum with sizes and times."""
     files, state = [], []
     for split in ("train", "test"):
         found = glob.glob("**", root_dir=folder / split, recursive=True)   # nothing that is hidden
@@ -545,10 +501,9 @@ def read_folder(folder, files, size):
     names = sorted({path.parts[1] for path in files if len(path.parts) > 2})
     splits = {"train": [], "test": []}
     for path in files:
-        if len(path.parts) > 2:
-            splits[path.parts[0]].append((folder / path, names.index(path.parts[1])))
-        elif not names:
-            splits[path.parts[0]].append((folder / path, -1))
+        label = names.index(path.parts[1]) if len(path.parts) > 2 else -1
+        if label >= 0 or not names:
+            splits[path.parts[0]].append((folder / path, label))
     if not splits["train"]:
         raise InputError(f"{folder}: there are no images in train/ or in class folders below it")
     notes = []
@@ -560,85 +515,62 @@ def read_folder(folder, files, size):
     return decode(splits, size, names, notes)
 
 # ---- Official data sets -----------------------------------------------------------------------
-class Source(NamedTuple):
-    """An official data set."""
-    read: Callable                         # data_dir -> {"train": pairs, "test": pairs}, see decode
-    places: str                            # where in data_dir its archives are looked for
-    side: int = 32                         # in pixels
-
 def read_official(name, data_dir, size):
     """The arrays of a data set of OFFICIAL, downloaded if it does not lie in `data_dir`."""
+    archives, read, train, test = OFFICIAL[name]
     try:
-        splits = OFFICIAL[name].read(data_dir)
+        splits = {"train": read(data_dir, train), "test": read(data_dir, test)}
     except Exception as error:             # no network, a damaged archive, no scipy
-        places = ", ".join(f"{data_dir}/{place}" for place in OFFICIAL[name].places.split())
-        raise InputError(f"cannot read {name} ({first_line(error)}); looked for {places} (README, "
-                         "Your own images). Delete a download that was interrupted") from error
+        raise InputError(f"cannot read {name} ({first_line(error)}); looked for {archives} in "
+                         f"{data_dir}, see README. Delete interrupted downloads") from error
     return decode(splits, size)
 
-def from_torchvision(make, train, test, data_dir):
-    """One of torchvision's data sets, whose argument after the folder chooses the split."""
-    return {"train": make(data_dir, train, download=True),
-            "test": make(data_dir, test, download=True)}
-
-def fetched(path, *archives):
-    """`path`, which is unpacked from the archives (url, md5) if it is not there."""
+def fetched(path, *addresses, md5=None):
+    """`path`, which is unpacked from the archives at these addresses if it is not there."""
     if not path.exists():
-        for url, md5 in archives:
-            download_and_extract_archive(url, path.parent, md5=md5)
+        for address in addresses:
+            datasets.utils.download_and_extract_archive(address, path.parent, md5=md5)
     return path
 
-def tinyimagenet(data_dir):
+def tinyimagenet(data_dir, split):
     """The validation images are the test split, as everywhere."""
     root = fetched(data_dir / "tinyimagenet/tiny-imagenet-200",
-                   ("http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-                    "90528d7ca1a48142e341f4ef8d21d0de"))
+                   "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+                   md5="90528d7ca1a48142e341f4ef8d21d0de")
     train = datasets.ImageFolder(root / "train")
-    test = []
-    for line in (root / "val/val_annotations.txt").read_text().splitlines():
-        file, name = line.split("\t")[:2]
-        test.append((root / "val/images" / file, train.class_to_idx[name]))
-    return {"train": train, "test": test}
+    if split == "train":
+        return train
+    rows = np.loadtxt(root / "val/val_annotations.txt", str, usecols=(0, 1), ndmin=2)
+    return [(root / "val/images" / file, train.class_to_idx[name]) for file, name in rows]
 
-def cub2011(data_dir):
-    """CUB-200-2011 in its official split."""
+def cub2011(data_dir, in_train):
     root = fetched(data_dir / "cub2011/CUB_200_2011",
-                   ("https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
-                    "97eceeb196236b17998738112f37df78"))
-    paths = np.loadtxt(root / "images.txt", str)[:, 1]         # all three are in one order
-    labels = np.loadtxt(root / "image_class_labels.txt", int)[:, 1]
-    in_train = np.loadtxt(root / "train_test_split.txt", int)[:, 1]
-    splits = {"train": [], "test": []}
-    for path, label, flag in zip(paths, labels, in_train):
-        splits["train" if flag else "test"].append((root / "images" / path, label - 1))
-    return splits
+                   "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz",
+                   md5="97eceeb196236b17998738112f37df78")
+    files = np.loadtxt(root / "images.txt", str)[:, 1]         # all three are in one order
+    labels = np.loadtxt(root / "image_class_labels.txt", int)[:, 1] - 1
+    chosen = np.loadtxt(root / "train_test_split.txt", int)[:, 1] == in_train
+    return [(root / "images" / file, label) for file, label in zip(files[chosen], labels[chosen])]
 
-def dogs(data_dir):
-    """Stanford Dogs in its official split."""
+def dogs(data_dir, split):
     from scipy.io import loadmat                               # pip install scipy
     address = "http://vision.stanford.edu/aditya86/ImageNetDogs/"
-    root = fetched(data_dir / "dogs/train_list.mat", (address + "images.tar", None),
-                   (address + "lists.tar", None)).parent
-    splits = {}
-    for split in ("train", "test"):
-        table = loadmat(root / f"{split}_list.mat", squeeze_me=True)
-        paths = [root / "Images" / str(file) for file in table["file_list"]]
-        splits[split] = list(zip(paths, table["labels"].astype(int) - 1))
-    return splits
+    fetched(data_dir / "dogs/train_list.mat", address + "images.tar", address + "lists.tar")
+    table = loadmat(data_dir / f"dogs/{split}_list.mat", squeeze_me=True)
+    paths = [data_dir / "dogs/Images" / str(file) for file in table["file_list"]]
+    return list(zip(paths, table["labels"].astype(int) - 1))
 
-def cars(data_dir):
+def cars(data_dir, split):
     """Stanford Cars, whose official download no longer works: a copy below stanford_cars/."""
     from scipy.io import loadmat                               # pip install scipy
     root = data_dir / "stanford_cars"
-    splits = {}
-    for split, name in (("train", "cars_train_annos"), ("test", "cars_test_annos_withlabels")):
-        paths = {path.name: path for path in (root / f"cars_{split}").rglob("*.jpg")}
-        lists = sorted(root.rglob(f"{name}.mat"))
-        if not paths or not lists:
-            raise FileNotFoundError(f"there is no {name}.mat or no image in cars_{split}")
-        rows = loadmat(lists[0], squeeze_me=True)["annotations"]
-        splits[split] = [(paths[str(row["fname"])], int(row["class"]) - 1) for row in rows]
-    return splits
+    paths = {path.name: path for path in (root / f"cars_{split}").rglob("*.jpg")}
+    name = "cars_train_annos.mat" if split == "train" else "cars_test_annos_withlabels.mat"
+    lists = sorted(root.rglob(name))
+    if not paths or not lists:
+        raise FileNotFoundError(f"there is no {name} or no image in cars_{split}")
+    rows = loadmat(lists[0], squeeze_me=True)["annotations"]
+    return [(paths[str(row["fname"])], int(row["class"]) - 1) for row in rows]
 
 # ---- shapes: the data set that is drawn here --------------------------------------------------
 def signed_distances(x, y):
@@ -659,9 +591,8 @@ def signed_distances(x, y):
             np.minimum(np.hypot(u - 0.62, y) - 0.4, np.maximum(u - 0.6, v - 0.14))]     # dumbbell
 
 def draw_shapes(n, size, rng):
-    """(uint8 [n, size, size, 3], labels [n]): one of ten forms an image, in equal numbers.
-    Position, size, rotation, colours and noise are random and independent of the form, so that
-    neither brightness nor any single pixel gives it away."""
+    """(uint8 [n, size, size, 3], labels [n]): one of ten forms an image, in equal numbers. All
+    else is random, so that neither brightness nor any single pixel gives the form away."""
     labels = rng.permutation(np.arange(n) % 10)
     radius = rng.uniform(0.28, 0.4, (n, 1, 1)) * size
     centre = rng.uniform(0.4, 0.6, (2, n, 1, 1)) * size
@@ -672,35 +603,33 @@ def draw_shapes(n, size, rng):
     distance = np.choose(labels[:, None, None], signed_distances(x, y)) * radius   # in pixels
     cover = np.clip(0.5 - distance, 0, 1)[..., None]                       # antialiased
     hues = rng.normal(0, 0.06, (2, n, 1, 1, 3))
-    sign = rng.choice([-1, 1], (n, 1, 1, 1))
-    contrast = sign * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
+    contrast = rng.choice([-1, 1], (n, 1, 1, 1)) * rng.uniform(0.16, 0.2, (n, 1, 1, 1))
     ground, ink = 0.5 + hues - hues.mean(axis=-1, keepdims=True) + [-contrast, contrast]
     images = ground + cover * (ink - ground) + rng.normal(0, 0.06, (n, size, size, 3))
     return np.clip(np.round(images * 255), 0, 255).astype(np.uint8), labels
 
-def shapes(data_dir):
-    """4,000 images to train on and 4,000 to test on."""
-    images, labels = draw_shapes(8000, 24, np.random.default_rng(0))
-    pairs = list(zip(map(to_pil_image, images), labels))
-    return {"train": pairs[:4000], "test": pairs[4000:]}
+all_shapes = cache(partial(draw_shapes, 8000, 24, np.random.default_rng(0)))
 
+def shapes(data_dir, split):
+    images, labels = all_shapes()
+    return list(zip(map(to_pil_image, images[split]), labels[split]))
+
+# Archives in data_dir; a reader, (data_dir, split) -> pairs as `decode` takes them; the two splits.
 OFFICIAL = {
-    "cifar10": Source(partial(from_torchvision, datasets.CIFAR10, True, False),
-                      "cifar-10-python.tar.gz"),
-    "cifar100": Source(partial(from_torchvision, datasets.CIFAR100, True, False),
-                       "cifar-100-python.tar.gz"),
-    "tinyimagenet": Source(tinyimagenet, "tinyimagenet/tiny-imagenet-200.zip", side=64),
-    "aircraft": Source(partial(from_torchvision, datasets.FGVCAircraft, "trainval", "test"),
-                       "fgvc-aircraft-2013b.tar.gz"),
-    "cub2011": Source(cub2011, "cub2011/CUB_200_2011.tgz"),
-    "dogs": Source(dogs, "dogs/images.tar dogs/lists.tar"),
-    "flowers": Source(partial(from_torchvision, datasets.Flowers102, "train", "test"),
-                      "flowers-102/102flowers.tgz flowers-102/imagelabels.mat "
-                      "flowers-102/setid.mat"),
-    "cars": Source(cars, "stanford_cars/cars_train stanford_cars/cars_test stanford_cars/devkit "
-                   "stanford_cars/cars_test_annos_withlabels.mat"),
-    "shapes": Source(shapes, "", side=24),
+    "cifar10": ("cifar-10-python.tar.gz", partial(datasets.CIFAR10, download=True), True, False),
+    "cifar100": ("cifar-100-python.tar.gz", partial(datasets.CIFAR100, download=True), True, False),
+    "tinyimagenet": ("tinyimagenet/tiny-imagenet-200.zip", tinyimagenet, "train", "test"),
+    "aircraft": ("fgvc-aircraft-2013b.tar.gz", partial(datasets.FGVCAircraft, download=True),
+                 "trainval", "test"),
+    "cub2011": ("cub2011/CUB_200_2011.tgz", cub2011, True, False),
+    "dogs": ("dogs/images.tar, dogs/lists.tar", dogs, "train", "test"),
+    "flowers": ("flowers-102/102flowers.tgz, flowers-102/imagelabels.mat, flowers-102/setid.mat",
+                partial(datasets.Flowers102, download=True), "train", "test"),
+    "cars": ("stanford_cars/cars_train, stanford_cars/cars_test, stanford_cars/devkit, "
+             "stanford_cars/cars_test_annos_withlabels.mat", cars, "train", "test"),
+    "shapes": ("", shapes, slice(0, 4000), slice(4000, 8000)),
 }
+OTHER_SIZES = {"tinyimagenet": 64, "shapes": 24}               # in pixels; of all others 32
 
 # ---- Augmentation: a batch at a time, with parameters of its own for every image --------------
 def random_crops(n, size, scale, rng):
@@ -708,18 +637,14 @@ def random_crops(n, size, scale, rng):
     A box covers a share of the image drawn from `scale` at an aspect ratio from [3/4, 4/3],
     uniform in the logarithm: the first of ten draws that fits, or the whole image if none does."""
     area = torch.empty(n, 10, device=rng.device).uniform_(*scale, generator=rng) * size * size
-    log_ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng)
-    ratio = log_ratio.exp()
-    widths = (area * ratio).sqrt().round()                                 # [n, 10]
-    heights = (area / ratio).sqrt().round()
-    fits = (widths <= size) & (heights <= size) & (widths >= 1) & (heights >= 1)
-    first = fits.int().argmax(dim=1, keepdim=True)                         # [n, 1]
-    any_fits = fits.any(dim=1)
-    width = torch.where(any_fits, widths.gather(1, first)[:, 0], size)
-    height = torch.where(any_fits, heights.gather(1, first)[:, 0], size)
-    place = torch.rand(2, n, device=rng.device, generator=rng)
-    top, left = (place * torch.stack([size - height + 1, size - width + 1])).floor()
-    return top, left, height, width
+    ratio = torch.empty_like(area).uniform_(math.log(3 / 4), math.log(4 / 3), generator=rng).exp()
+    sides = torch.stack([area / ratio, area * ratio]).sqrt().round()       # heights, widths
+    fits = ((sides >= 1) & (sides <= size)).all(dim=0)                     # [n, 10]
+    first = fits.int().argmax(dim=1)[None, :, None]                        # [1, n, 1]
+    sides = sides.take_along_dim(first, dim=2)[..., 0]                     # [2, n]
+    sides = torch.where(fits.any(dim=1), sides, size)
+    corners = torch.rand(2, n, device=rng.device, generator=rng) * (size - sides + 1)
+    return torch.cat([corners.floor(), sides]).unbind()
 
 def linear_weights(start, length, pixels, size, mirror):
     """[B, size, pixels]: the weights of linear interpolation from each image's `length` pixels,
@@ -733,18 +658,15 @@ def linear_weights(start, length, pixels, size, mirror):
 
 def resized_crop(images, box, size, flip):
     """Crops box i out of image i, resizes it bilinearly to `size` and mirrors it where `flip`.
-    images [B, C, H, W] float; box: top, left, height, width, each [B] (or [1], one for all).
-    Interpolation is linear in each direction, so that the whole batch is two batched products.
-    Nothing from beyond a box bleeds in. Equal to torchvision's where that does not shrink."""
+    images [B, C, H, W] float; box: top, left, height, width, each [B]. Linear in each direction,
+    so that a batch is two products. Equal to torchvision's where that does not shrink."""
     top, left, height, width = box
-    never = torch.zeros_like(flip)
-    rows = linear_weights(top, height, images.shape[2], size, never).to(images.dtype)
-    columns = linear_weights(left, width, images.shape[3], size, flip).to(images.dtype)
-    return rows[:, None] @ images @ columns[:, None].transpose(2, 3)       # [B, C, size, size]
+    rows = linear_weights(top, height, images.shape[2], size, torch.zeros_like(flip))
+    columns = linear_weights(left, width, images.shape[3], size, flip)
+    return rows[:, None].to(images) @ images @ columns[:, None].to(images).mT
 
 def jitter(name, images, amount):
-    """torchvision's adjust_<name> of images in [0, 1], with the factor 1 + amount; for "hue", with
-    the shift amount / 4. amount: [B, 1, 1, 1]."""
+    """torchvision's adjust_<name> by the factor 1 + amount [B, 1, 1, 1], or the hue amount / 4."""
     if name == "hue":
         return adjust_hue(images, amount / 4)
     other = 0.0                                                # brightness: away from black
@@ -761,8 +683,7 @@ def adjust_hue(images, shift):
     r, g, b = images.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
     below = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
-    hue = torch.where(value == r, (g - b) / safe, below)                   # sixths of a turn
-    hue = hue + shift[:, 0] * 6
+    hue = torch.where(value == r, (g - b) / safe, below) + shift[:, 0] * 6     # sixths of a turn
     channels = []
     for offset in (5, 3, 1):               # HSV -> RGB: one trapezoid of the hue per channel
         k = (hue + offset) % 6
@@ -773,42 +694,35 @@ JITTERS = ["brightness", "contrast", "saturation", "hue"]
 
 def augment(images, box, flip, amounts, order, grey):
     """One draw of `draw_augmentations`, applied to images [n, 3, H, H] in [0, 1]; differentiable.
-    box: top, left, height, width, each [n]. flip: [n]. amounts: of the four jitters, which follow
-    each other in this order, [4, n, 1, 1, 1]. grey: [n, 1, 1, 1]."""
+    box, flip: of `resized_crop`. amounts [4, n, 1, 1, 1]: of the jitters. grey: [n, 1, 1, 1]."""
     images = resized_crop(images, box, images.shape[-1], flip)
     for name, amount in zip(order, amounts):
         images = jitter(name, images, amount)
     return torch.where(grey, rgb_to_grayscale(images), images)
 
-def draw_augmentations(n, size, seed, device, scale=(0.08, 1.0), grey=0.2):
-    """Two draws from A of Eq. 1 for n images of `size` pixels, fixed by `seed`, as in mix-bt, which
-    A.1 cites: random resized crop (share of the area in `scale`), flip (p 0.5), jitter of
-    brightness, contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `grey`). Every image
-    has its own parameters; only the order of the jitters is drawn once for the batch."""
+def draw_augmentations(n, size, seed, device, scale, grey):
+    """Yields two draws from A of Eq. 1 for n images of `size` pixels, as in mix-bt, cited in A.1:
+    random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
+    contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `grey`). Each image has its own
+    parameters, but the order of the jitters is the batch's. All follow from `seed`."""
     rng = torch.Generator(device).manual_seed(seed)
     order_rng = np.random.default_rng(seed)
-    draws = []
+    uniform = partial(torch.rand, device=device, generator=rng)
     for _ in range(2):
         box = random_crops(n, size, scale, rng)
-        flip = torch.rand(n, device=device, generator=rng) < 0.5
-        strength = torch.rand(4, n, 1, 1, 1, device=device, generator=rng)
-        applied = torch.rand(n, 1, 1, 1, device=device, generator=rng) < 0.8
-        is_grey = torch.rand(n, 1, 1, 1, device=device, generator=rng) < grey
-        amounts = (0.8 * strength - 0.4) * applied
+        flip = uniform(n) < 0.5
+        amounts = (0.8 * uniform(4, n, 1, 1, 1) - 0.4) * (uniform(n, 1, 1, 1) < 0.8)
+        is_grey = uniform(n, 1, 1, 1) < grey
         order = order_rng.permutation(JITTERS)
-        draws.append(partial(augment, box=box, flip=flip, amounts=amounts, order=order,
-                                       grey=is_grey))
-    return draws
+        yield partial(augment, box=box, flip=flip, amounts=amounts, order=order, grey=is_grey)
 
 def two_views(images, seed, scale=(0.08, 1.0), grey=0.2):
-    """Two augmented views of a batch: the draw x1, x2 ~ A(x) of Eq. 1.
-    images: uint8 [B, 3, H, H]. Returns two float tensors in [0, 1], not normalised. For the other
-    arguments see `draw_augmentations`. Raises ValueError for other images."""
-    n, channels, height, width = images.shape
-    if images.dtype != torch.uint8 or channels != 3 or height != width:
-        raise ValueError("two_views takes square uint8 images [B, 3, H, H], not "
-                         f"{images.dtype} {list(images.shape)}")
-    first, second = draw_augmentations(n, width, seed, images.device, scale, grey)
+    """Two views x1, x2 ~ A(x) of Eq. 1 of a batch uint8 [B, 3, H, H]: floats in [0, 1], not
+    normalised. Arguments: see `draw_augmentations`. Raises ValueError for other images."""
+    n, _, _, size = images.shape
+    if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+        raise ValueError(f"not square uint8 images [B, 3, H, H]: {images.dtype} {images.shape}")
+    first, second = draw_augmentations(n, size, seed, images.device, scale, grey)
     images = images.float() / 255
     return first(images), second(images)
 
@@ -819,6 +733,5 @@ def shift_and_flip(images, seed):
     rng = torch.Generator(images.device).manual_seed(seed)
     top, left = torch.randint(9, (2, n), device=images.device, generator=rng)
     flip = torch.rand(n, device=images.device, generator=rng) < 0.5
-    whole = torch.full((n,), size, device=images.device)
-    padded = F.pad(images, [4, 4, 4, 4])
-    return resized_crop(padded, (top, left, whole, whole), size, flip)
+    whole = torch.full_like(top, size)
+    return resized_crop(F.pad(images, [4, 4, 4, 4]), (top, left, whole, whole), size, flip)

@@ -8,8 +8,7 @@ This file begins with Algorithm 1, from top to bottom; the rest ties it to files
     teacher   line 1      train f_T by self-supervision (Eq. 1, 6); encode the data: Z_T
     experts   line 2      train K students to match Z_T (Eq. 5, 7); keep theta*_0 .. theta*_T
     init      line 3      D_syn: real images, e.g. of highest loss (4.2); Z_syn: their part of Z_T
-    distill   lines 4-19  move D_syn and alpha_syn until N steps on them end where M epochs on
-                          the real data end (Eq. 4 and 8)
+    distill   lines 4-19  match N steps on D_syn at alpha_syn to M epochs on all images (Eq. 4, 8)
     eval      section 5   pre-train an encoder on D_syn and probe it linearly (eval.py)
     figure1   Figure 1    why trajectories of self-supervision are hard to match (not in "all")
 
@@ -122,8 +121,8 @@ def subset(data, targets, chosen):
     """(normalised images [n, 3, H, W], their targets) of the indices `chosen`."""
     return data.normalize(data.train_images[chosen]), targets[chosen]
 
-# Name of --init: make(data, Z_T [N, d] or labels [N], the indices of all images by their loss of
-# section 4.2, how many images, a torch.Generator) -> normalised images, their targets.
+# make(data, Z_T or labels, indices of all images by loss, how many, a torch.Generator) -> images,
+# normalised, and their targets; by the name of --init.
 STARTS = {"high_loss": high_loss, "random": random_images}
 
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) ---------------------------------
@@ -139,7 +138,6 @@ def matching_loss(loss, theta, target, images, lr, steps):
 
 class InnerStep:
     """A step of Eq. 8 of a loss(theta, x, y), and what is needed to go back through it:
-
     gradient(theta, x, y) = g = dL/dtheta, of which Eq. 8 subtracts alpha_syn g
     adjoint(theta, x, y, v) = (H v, d(g . v)/dx, g . v), where H = dg/dtheta. Differentiating the
         scalar g . v, itself made of a gradient, gives all three; H is never formed."""
@@ -227,7 +225,6 @@ def new_distilled(images, targets, s):
 
 def distill(inner, experts, syn, optimizer, targets_of, s, progress):
     """Algorithm 1, lines 5 - 19: moves syn.images and syn.lr, in place, by `optimizer`.
-
     inner: the InnerStep of the students' loss. experts: K trajectories [T + 1, P], on any device.
     targets_of(batch, draw): Z_syn[batch] (for MTT-SSL two views, drawn from the random stream
     called `draw`). Several ranks draw one trajectory each and average their gradients."""
@@ -349,8 +346,7 @@ BY_LOSS = {                                # by --ssl, and by --objective
 }
 
 def resolve(dataset, given, image_size=32):
-    """All settings of a run on `dataset`, {name: value}: the paper's, changed by those of the data
-    set, of the percentage and of the losses, and by `given`. Prints what was chosen instead."""
+    """All settings of a run, {name: value}. Prints what was chosen where the paper has none."""
     known = dataset
     if dataset not in DATASETS:
         known = "tinyimagenet" if image_size >= 64 else "cifar10"
@@ -398,7 +394,7 @@ def teacher_stage(run):
         return
     f_T = build(partial(teacher_network, s, data.image_size), s.seed, "teacher")
     head = build(partial(SSL[s.ssl].projector, f_T.feature_dim), s.seed, "projector")
-    model = torch.nn.Sequential(f_T, head).to(s.device).to(memory_format=torch.channels_last)
+    model = torch.nn.Sequential(f_T, head).to(s.device, memory_format=torch.channels_last)
     if RANKS > 1 and s.device.type == "cuda":                  # torch cannot do this on CPUs
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
@@ -408,18 +404,16 @@ def teacher_stage(run):
               f"{checkpoint} if it exists.")
 
     def probe(step):
-        """Says how well the teacher does so far, if there are enough labels."""
-        if data.labelled and (data.train_labels >= 0).sum() >= 20:
-            model.eval()
-            try:
-                accuracy, = linear_scores(model[0], data, [5], s.seed)
-            except ValueError as error:
-                raise Diverged(f"teacher: {error} at step {step}. {advice}") from error
+        """Says how well the teacher does so far, if it can be probed."""
+        model.eval()
+        with contextlib.suppress(ValueError):      # too few labels, or features are not finite
+            accuracy, = linear_scores(model[0], data, [5], s.seed)
             run.log("teacher", step, steps, probe=accuracy)
-            model.train()
+        model.train()
 
-    progress = Progress("teacher", steps, run.log, checkpoint, advice, max(1, steps // 3), probe,
-                        model=model, optimizer=optimizer, **identity(run, "teacher"))
+    progress = Progress("teacher", steps, run.log, checkpoint, advice, max(1, steps // 3),
+                        probe if data.labelled else None, model=model, optimizer=optimizer,
+                        **identity(run, "teacher"))
     train_teacher(model, optimizer, data, s, progress)
     if RANK == 0:                          # on CPUs each rank has a batch norm of its own
         save_teacher(run, model[0].eval())
@@ -576,8 +570,7 @@ STAGES = {"teacher": teacher_stage, "experts": experts_stage, "init": init_stage
 
 # ---- Runs: their folders, and what config.json says of them -----------------------------------
 def open_run(args, given, **changed):
-    """The Run of the command line `args` with the settings `given`. Says what was read and what was
-    chosen. Raises InputError for what cannot work, before anything is computed."""
+    """The Run of a command line. InputError for what cannot work, before anything is computed."""
     data = load_dataset(args.dataset, args.data_dir, given.get("image_size", 0), args.device,
                         given.get("train_images", 0))
     settings = resolve(args.dataset, given, data.image_size)
@@ -599,14 +592,14 @@ def open_run(args, given, **changed):
     log = Log(run_dir / name / "log.jsonl", s.log_seconds, s.checkpoint_minutes)
     return Run(s, data, run_dir, run_dir / name, log)
 
-# The sections of config.json: the files that each is about, and the stages whose settings it holds.
-# A distilled set has a folder, and so a config.json, of its own.
+# The sections of config.json: the files that they are about, the stages whose settings they hold.
 FILES = {"teacher": ["teacher.pt", "representations*.pt"], "experts": ["experts/*.pt"],
          "set": ["init.pt", "distill*.pt", "krr_st_*", "dm_*"]}
 MADE_BY = {"teacher": ["teacher"], "experts": ["teacher", "experts"],
            "set": ["teacher", "experts", "init", "distill"]}
 
 def folder_of(run, section):
+    """A distilled set has a folder, and so a config.json, of its own."""
     return run.set_dir if section == "set" else run.run_dir
 
 def existing(run, section):
@@ -615,8 +608,7 @@ def existing(run, section):
     return [str(folder / pattern) for pattern in FILES[section] if any(folder.glob(pattern))]
 
 def identity(run, section):
-    """What the results of a section are made from: {name: value}. Images and representations are
-    known by their contents, wherever they lie."""
+    """What a section's results are made from, {name: value}; arrays by checksum, not by name."""
     s = run.s
     made = {"images": run.data.images_id, "seed": s.seed}
     for stage in MADE_BY[section]:
@@ -691,17 +683,15 @@ def execute(run, stages):
     check(run, stages)
     run.set_dir.mkdir(parents=True, exist_ok=True)
     for stage in stages:
-        told = [f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
-                for name, value in settings_of(run.s, stage).items()]
-        print(textwrap.fill(f"{stage}: {'  '.join(told)}", 100, subsequent_indent="    ",
+        told = "  ".join(f"{name}={value}" for name, value in settings_of(run.s, stage).items())
+        print(textwrap.fill(f"{stage}: {told}", 100, subsequent_indent="    ",
                             break_on_hyphens=False), flush=True)
         STAGES[stage](run)
         barrier()
 
 # ---- Figure 1: why trajectories of self-supervision are hard to match (4.1, appendix A.2) ------
-# A.2's settings for MTT and MTT-SSL; MKDT, of which it says nothing, has its data set's. Five
-# experts begin at one network and differ in the order of their batches; the first is distilled,
-# from epoch 0. All systems have one bound on a step (--clip), which A.2 does not have.
+# A.2's settings for MTT and MTT-SSL, and the usual ones for MKDT. Five experts begin at one network
+# and differ in the order of their batches; the first is distilled, from epoch 0, with --clip.
 FIGURE_1 = {
     "mtt": dict(objective="ce", syn_steps=20, match_epochs=4),
     "mtt_ssl": dict(objective="ssl", syn_steps=10, match_epochs=2),
@@ -820,7 +810,6 @@ def parse(argv=None):
     return argparse.Namespace(**args), given
 
 def main(argv=None):
-    """The command line; see the top of this file."""
     args, given = parse(argv)
     with command_line("mkdt.py"):
         check_settings(given)
