@@ -1,17 +1,17 @@
-"""Networks and losses of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025).
+"""Networks and losses of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025). To try an idea, write a
+function or a class and add it to the dict of its kind.
 
     ENCODERS        ConvNet, the student of section 5; ResNet-10/18, the teacher and Table 5
     SSL             what a teacher learns by: Barlow Twins (Eq. 1) or SimCLR (Table 6)
     OBJECTIVES      what a student minimises: Eq. 5; cross-entropy and SimCLR's loss for Figure 1
     functional      a network as a function of one flat parameter vector theta
-    Run             a run's settings, its data and where its files lie
-
-To try an idea, write a function or a class and add it to the dict of its kind."""
+    Run             a run's settings, its data and where its files lie"""
 import hashlib
 import json
 import math
 import re
 from argparse import Namespace
+from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,19 +19,17 @@ from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from torch import nn
-from torchvision.models.resnet import BasicBlock, conv1x1
+from torchvision.models import get_model, resnet
 
 from data import Dataset, InputError, Log, draw_augmentations, first_line, load, two_views
 
 # ---- Random numbers: every draw has a name ----------------------------------------------------
 def stream(seed, *name):
-    """A torch.Generator for the draw called `name`, e.g. stream(0, "expert order", epoch).
-    Every random number of training comes from one of these. Nothing then depends on what was
-    drawn before, expert i is the same whether 5 or 100 are trained, and an interrupted run needs
-    no generator's state. `.initial_seed()` is the number to seed something else with."""
-    digest = hashlib.sha256(repr((int(seed), *name)).encode()).digest()
+    """A torch.Generator for the draw called `name`, e.g. stream(0, "expert order", epoch). All
+    random numbers of training come from these, so nothing depends on what was drawn before: expert
+    i is the same whether 5 or 100 are trained, an interrupted run needs no generator's state."""
+    digest = hashlib.sha256(repr((int(seed),) + name).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 def build(make, seed, *name):
@@ -41,16 +39,12 @@ def build(make, seed, *name):
         return make()
 
 # ---- Encoders ---------------------------------------------------------------------------------
-class InstanceNorm(nn.Module):
-    """Instance norm with affine parameters: GroupNorm with one channel a group (the authors' code).
-    Written out, because the compiler fuses these operations with their neighbours and
-    differentiates them twice; nn.GroupNorm is opaque to both, and torch.var_mean is slow."""
+class InstanceNorm(nn.GroupNorm):
+    """Instance norm with affine parameters, as in the authors' code. `forward` is written out: the
+    compiler can neither fuse GroupNorm's nor differentiate it twice, and torch.var_mean is slow."""
 
-    def __init__(self, channels, eps=1e-5):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.eps = eps
+    def __init__(self, channels):
+        super().__init__(channels, channels)
 
     def forward(self, x):                                                  # [B, C, H, W]
         x = x - x.mean((2, 3), keepdim=True)
@@ -67,14 +61,12 @@ class ConvNet(nn.Module):
     def __init__(self, out_dim, image_size=32, width=128, channels=None, norm=InstanceNorm):
         super().__init__()
         channels = channels or [width] * (4 if image_size >= 64 else 3)
-        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
-        before = 3
-        for after in channels:
+        self.convs = nn.ModuleList()
+        for before, after in zip([3] + channels, channels):
             self.convs.append(nn.Conv2d(before, after, 3, padding=1))
-            self.norms.append(norm(after))
-            before = after
+        self.norms = nn.ModuleList(map(norm, channels))
         side = image_size // 2 ** len(channels)
-        self.head = nn.Linear(before * side * side, out_dim)
+        self.head = nn.Linear(channels[-1] * side**2, out_dim)
 
     def features(self, x):                                                 # normalised
         x = x.contiguous(memory_format=torch.channels_last)    # faster, on CPUs as on GPUs
@@ -86,19 +78,17 @@ class ConvNet(nn.Module):
         return self.head(self.features(x))
 
 def convnet_bn(out_dim, image_size=32, width=128):
-    """KRR-ST's network (Lee et al. 2023): batch norm, 128-256-512 channels; from 64 pixels on
-    64-128-256-512."""
+    """KRR-ST's network (Lee et al. 2023): batch norm, 128-256-512; from 64 pixels 64-128-256-512."""
     channels = [width, 2 * width, 4 * width]
     if image_size >= 64:
         channels.insert(0, max(1, width // 2))
     return ConvNet(out_dim, image_size, channels=channels, norm=nn.BatchNorm2d)
 
 class ResNet(nn.Module):
-    """ResNet for small images: the stem is one 3x3 convolution of stride 1, and max-pooling only
-    where `max_pool` asks (the teacher of TinyImageNet). `blocks`: how many in each stage.
-    features: [B, 8 * width * k^2], the last stage under 4x4 average pooling. k = 1 at 32 pixels:
-              at width 64 the teacher's 512 numbers (A.1); k = 2 at 64 without max-pooling.
-    forward:  a linear map of the features to `out_dim`; the features where that is None."""
+    """ResNet for small images: a stem of one 3x3 convolution of stride 1, with max-pooling if asked
+    for (TinyImageNet), blocks[i] blocks in stage i, and a linear map to `out_dim` if there is one.
+    features: [B, 8 * width * k^2], the last stage under 4x4 average pooling; k = 1 at 32 pixels
+    (512 numbers at width 64, as in A.1), 2 at 64 pixels without max-pooling."""
 
     def __init__(self, blocks, out_dim=None, image_size=32, width=64, max_pool=False):
         super().__init__()
@@ -106,63 +96,46 @@ class ResNet(nn.Module):
         self.bn = nn.BatchNorm2d(width)
         self.pool = nn.MaxPool2d(3, 2, padding=1) if max_pool else nn.Identity()
         self.layers = nn.Sequential()
-        side = (image_size + 1) // 2 if max_pool else image_size
-        channels = width
         for stage, count in enumerate(blocks):
             if stage > 0:
-                block = BasicBlock(channels, 2 * channels, stride=2)
-                # The shortcut picks every second pixel by a pooling window of one, and convolves:
-                # equal to a 1x1 convolution with stride, whose gradient writes past its memory in
-                # oneDNN (its issue 6035).
-                block.downsample = nn.Sequential(nn.AvgPool2d(1, 2),
-                                                 conv1x1(channels, 2 * channels),
-                                                 nn.BatchNorm2d(2 * channels))
+                block = resnet.BasicBlock(width, 2 * width, stride=2)
+                # Picking every second pixel with a pooling window of one equals a convolution of
+                # stride 2, whose gradient writes past its memory in oneDNN (its issue 6035).
+                block.downsample = nn.Sequential(
+                    nn.AvgPool2d(1, 2), resnet.conv1x1(width, 2 * width), nn.BatchNorm2d(2 * width))
                 self.layers.append(block)
-                channels *= 2
-                side = (side + 1) // 2
+                width *= 2
                 count -= 1
             for _ in range(count):
-                self.layers.append(BasicBlock(channels, channels))
-        self.feature_dim = channels * max(1, side // 4) ** 2
+                self.layers.append(resnet.BasicBlock(width, width))
+        side = math.ceil(image_size / 2 ** (len(blocks) - 1 + max_pool))
+        self.feature_dim = width * max(1, side // 4) ** 2
         self.head = nn.Linear(self.feature_dim, out_dim) if out_dim else nn.Identity()
 
     def features(self, x):                                                 # normalised
-        x = self.pool(F.relu(self.bn(self.conv(x))))
-        x = self.layers(x)                                     # [B, 8 * width, H/8, W/8], or /16
+        x = self.layers(self.pool(F.relu(self.bn(self.conv(x)))))          # [B, 8 * width, h, w]
         return F.adaptive_avg_pool2d(x, max(1, x.shape[-1] // 4)).flatten(1)
 
     def forward(self, x):
         return self.head(self.features(x))
 
-class TorchvisionNet(nn.Module):
-    """A classifier of torchvision, by its name: its last linear layer is the head, and the input
-    of that layer the features. Raises InputError if it cannot take images of that size."""
+def torchvision_net(name, out_dim, image_size):
+    """torchvision's network `name`: its last linear layer is the head, the input of that layer the
+    features. Raises InputError if it cannot take images of that size."""
+    try:
+        body = get_model(name, num_classes=out_dim)
+        linear = [key for key, layer in body.named_modules() if isinstance(layer, nn.Linear)]
+        if not linear:
+            raise ValueError("it has no linear layer")
+        net = nn.Sequential(OrderedDict(features=body, head=body.get_submodule(linear[-1])))
+        body.set_submodule(linear[-1], nn.Identity())
+        net.eval()(torch.zeros(2, 3, image_size, image_size))
+    except Exception as error:             # each network has its own reasons
+        reason = f"torchvision:{name} cannot take {image_size} pixels ({first_line(error)})"
+        raise InputError(reason) from error
+    return net.train()
 
-    def __init__(self, name, out_dim, image_size):
-        super().__init__()
-        try:
-            self.body = torchvision.models.get_model(name, num_classes=out_dim)
-            layers = self.body.named_modules()
-            linear = [key for key, layer in layers if isinstance(layer, nn.Linear)]
-            if not linear:
-                raise ValueError("it has no linear layer")
-            self.head = self.body.get_submodule(linear[-1])
-            self.body.set_submodule(linear[-1], nn.Identity())
-            with torch.no_grad():
-                self.eval()(torch.zeros(2, 3, image_size, image_size))
-            self.train()
-        except Exception as error:         # each network has its own reasons
-            reason = f"torchvision:{name} cannot take {image_size} pixels ({first_line(error)})"
-            raise InputError(reason) from error
-
-    def features(self, x):                                                 # normalised
-        return self.body(x)
-
-    def forward(self, x):
-        return self.head(self.features(x))
-
-# Name: make(out_dim, image_size, width). Each has `features(x)`, the penultimate representation
-# that is probed, `head`, and `forward(x)`. A student has no batch norm.
+# Name: make(out_dim, image_size, width) -> a module with `features`, which are probed, and `head`.
 ENCODERS = {
     "convnet": ConvNet,
     "convnet_bn": convnet_bn,
@@ -175,7 +148,7 @@ def encoder(name, out_dim, image_size):
     one of torchvision's, as in torchvision:vgg11_bn. Raises InputError for any other name."""
     kind, _, argument = name.partition(":")
     if kind == "torchvision" and argument:
-        return TorchvisionNet(argument, out_dim, image_size)
+        return torchvision_net(argument, out_dim, image_size)
     if kind not in ENCODERS or not re.fullmatch(r"|[1-9]\d*", argument):
         raise InputError(f"unknown encoder {name!r}: choose from {', '.join(ENCODERS)}, with a "
                          "width if you like, as in resnet18:16, or give torchvision:NAME")
@@ -184,7 +157,6 @@ def encoder(name, out_dim, image_size):
     return ENCODERS[kind](out_dim, image_size)
 
 def student_name(s):
-    """The student's name for `encoder`."""
     return f"{s.student}:{s.width}"
 
 def teacher_network(s, image_size):
@@ -196,10 +168,9 @@ def teacher_network(s, image_size):
 
 # ---- Self-supervision: what the teacher learns by ---------------------------------------------
 def barlow_twins_loss(z1, z2, lambd):
-    """Barlow Twins, Eq. 1: sum_i (1 - F_ii)^2 + lambda * sum_{i != j} F_ij^2.
-    z1, z2: [B, d], projections of two views of the same B images. F is their [d, d]
-    cross-correlation: each output is standardised over the batch first (Zbontar et al. 2021).
-    lambd: the weight of the off-diagonal terms; 1/128 on CIFAR, 1/1024 on TinyImageNet."""
+    """Barlow Twins, Eq. 1: sum_i (1 - F_ii)^2 + lambda * sum_{i != j} F_ij^2. F is the [d, d]
+    cross-correlation of z1, z2 [B, d], projections of two views of the same B images, standardised
+    over the batch first (Zbontar et al. 2021). lambd: 1/128 on CIFAR, 1/1024 on TinyImageNet."""
     z1 = F.batch_norm(z1, None, None, training=True)
     z2 = F.batch_norm(z2, None, None, training=True)
     corr = z1.T @ z2 / len(z1)                                             # F          [d, d]
@@ -208,12 +179,10 @@ def barlow_twins_loss(z1, z2, lambd):
     return on_diagonal + lambd * off_diagonal
 
 def nt_xent_loss(z1, z2, temperature=0.5):
-    """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views.
-    z1, z2: [B, d], projections of two views of the same B images. Each view's positive is the
-    other view of its image; the remaining 2B - 2 views are its negatives."""
+    """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views. z1, z2
+    [B, d]: two views of B images. A view's positive is the other one; the rest are negatives."""
     z = F.normalize(torch.cat([z1, z2]))                                   # [2B, d]
-    itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    similarity = (z @ z.T / temperature).masked_fill(itself, float("-inf"))
+    similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)         # not with itself
     positive = torch.arange(len(z), device=z.device).roll(len(z1))         # i <-> i + B
     return F.cross_entropy(similarity, positive)
 
@@ -228,12 +197,11 @@ def simclr_projector(d):
                          nn.Linear(d, 128), nn.BatchNorm1d(128))
 
 def warmup_cosine(step, steps, per_epoch, peak):
-    """The learning rate at `step` of `steps`: linear for 10 epochs of `per_epoch` steps (10% of
-    short runs), then a cosine down to peak / 1000."""
+    """The learning rate: linear for 10 epochs (10% of short runs), then a cosine to peak / 1000."""
     warmup = min(10 * per_epoch, max(1, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
+    progress = (step - warmup) / (steps - warmup)
     floor = 1e-3 * peak
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
@@ -253,16 +221,15 @@ SSL = {                                    # the names of --ssl
 def two_projections(network, images, data, s, draw):
     """A network's outputs for two views x1, x2 ~ A(x) of uint8 images, drawn from stream(*draw):
     z1, z2 of Eq. 1, each [B, d]. Both go through it as one batch: batch norm sees them together."""
-    first, second = two_views(images, stream(*draw).initial_seed(), (s.crop_scale, 1.0), s.grey)
-    x = torch.cat([data.normalize(first), data.normalize(second)])         # [2B, 3, H, W]
+    views = two_views(images, stream(*draw).initial_seed(), (s.crop_scale, 1.0), s.grey)
+    x = data.normalize(torch.cat(views))                                   # [2B, 3, H, W]
     return network(x.contiguous(memory_format=torch.channels_last)).float().chunk(2)
 
 # ---- What a student minimises -----------------------------------------------------------------
 class Objective(NamedTuple):
-    """What a student f minimises on a batch of images x and what belongs to them, y.
-    loss: (f(x), y) -> the loss of each image, or of each of its dimensions, before the mean; for
-    views (f(x1), f(x2)) -> the loss of the batch. target: what y is: the teacher's
-    "representations", "labels", or two "views", which are functions of x."""
+    """What a student f minimises on images x and what belongs to them, y. target: what y is: the
+    teacher's "representations", "labels", or two "views", which are functions of x. loss: (f(x), y)
+    -> the loss of each image or dimension; for "views", (f(x1), f(x2)) -> the mean."""
     loss: Callable
     target: str
 
@@ -280,14 +247,12 @@ def mean_loss(objective, f, x, y):
     return objective.loss(f(x), y).mean()
 
 def augmentations_of_normalized(data, s, n, draw):
-    """Two augmentations from stream(*draw), as functions of n normalised images of `data`; with
-    n = 1 each is the same for all images."""
+    """Two augmentations of n normalised images, drawn from stream(*draw); n = 1: of all alike."""
     pair = draw_augmentations(n, data.image_size, stream(*draw).initial_seed(),
                               data.train_images.device, (s.crop_scale, 1.0), s.grey)
     return [lambda x, view=view: data.normalize(view(data.denormalize(x))) for view in pair]
 
-@dataclass
-class Examples:
+class Examples(NamedTuple):
     """What a student trains on: examples(batch, draw) is (x, y) of `Objective` for the images
     `batch`. images: [n, 3, H, W], uint8 or normalised. targets: the teacher's representations
     [n, d], labels [n], or [n, 0] for two views, drawn from stream(*draw)."""
@@ -313,26 +278,23 @@ def flat_parameters(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 def functional(model):
-    """The function f(theta, x) = model(x) with parameters theta [P]: what Eq. 8 differentiates.
-    `model` lends its architecture only. Raises InputError if it has batch norm, whose running
-    statistics are not in theta, or dropout: theta alone would not say what the network is."""
+    """The function f(theta, x): model(x) with parameters theta [P], which Eq. 8 differentiates.
+    Raises InputError if `model` has dropout, or batch norm, whose statistics are not in theta."""
     for layer in model.modules():
         if isinstance(layer, (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)):
             raise InputError("a student cannot have batch norm or dropout: use InstanceNorm")
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    sizes = [shape.numel() for shape in shapes.values()]
 
     def f(theta, x):
-        parts = zip(shapes.items(), theta.split(sizes))
-        parameters = {name: part.view(shape) for (name, shape), part in parts}
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        parameters = {name: part.view(shapes[name]) for name, part in zip(shapes, parts)}
         return torch.func.functional_call(model, parameters, (x,))
 
     return f
 
 # ---- Tools of the training loops --------------------------------------------------------------
 def batches(n, batch_size, epochs, seed, name, device="cpu", drop_last=False, first=0):
-    """(step, indices on `device`) of the mini-batches of `epochs` random passes over n images,
-    from step `first` on."""
+    """Yields (step, indices) of `epochs` random passes over n images, from step `first` on."""
     step = 0
     for epoch in range(epochs):
         order = torch.randperm(n, generator=stream(seed, name, epoch)).to(device)
@@ -344,7 +306,6 @@ def batches(n, batch_size, epochs, seed, name, device="cpu", drop_last=False, fi
             step += 1
 
 def set_learning_rate(optimizer, lr):
-    """Sets the learning rate of all parameters."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -355,27 +316,25 @@ def encode(f, images, prepare=nn.Identity(), chunk=250):
 
 class Compiled:
     """f, compiled by torch for the first `max_shapes` shapes of its arguments. Others, such as an
-    epoch's short last batch, are not worth the compiler's time and run as they are; so does
-    everything if there is no compiler that works."""
+    epoch's short last batch, run as they are, and everything does if no compiler works."""
 
     def __init__(self, f, max_shapes=1):
         self.f = f
         self.fast = torch.compile(f, fullgraph=True, dynamic=False)
-        self.shapes = []
+        self.shapes = set()
         self.max_shapes = max_shapes
 
     def __call__(self, *arguments):
-        shapes = [a.shape for a in arguments if torch.is_tensor(a)]
-        if shapes not in self.shapes and len(self.shapes) < self.max_shapes:
-            self.shapes.append(shapes)
-        if shapes not in self.shapes:
-            return self.f(*arguments)
-        try:
-            return self.fast(*arguments)
-        except torch._dynamo.exc.TorchDynamoException as error:
-            print(f"torch.compile failed ({first_line(error)}): going on without", flush=True)
-            self.fast = self.f
-            return self.f(*arguments)
+        shapes = tuple(a.shape for a in arguments if torch.is_tensor(a))
+        if len(self.shapes) < self.max_shapes:
+            self.shapes.add(shapes)
+        if shapes in self.shapes:
+            try:
+                return self.fast(*arguments)
+            except torch._dynamo.exc.TorchDynamoException as error:
+                print(f"torch.compile failed ({first_line(error)}): going on without", flush=True)
+                self.fast = self.f
+        return self.f(*arguments)
 
 # ---- A run ------------------------------------------------------------------------------------
 @dataclass
@@ -410,8 +369,7 @@ class Run:
 
     @property
     def can_compile(self):
-        """Whether to compile students' steps. Narrow ones on a CPU cost more than they save; views
-        change with every step, and cannot be."""
+        """Whether to compile: never views, which change; narrow students on a CPU only if asked."""
         pays = self.s.device.type == "cuda" or self.s.width >= 32
         wanted = pays if self.s.compile is None else self.s.compile
         return wanted and self.objective.target != "views"
@@ -421,7 +379,6 @@ class Run:
         return encoder(student_name(self.s), self.out_dim, self.data.image_size).to(self.s.device)
 
     def expert_file(self, i):
-        """Where expert i is kept."""
         return self.run_dir / "experts" / f"expert_{i:03d}.pt"
 
 def read_config(path):
