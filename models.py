@@ -78,7 +78,7 @@ class ConvNet(nn.Module):
         return self.head(self.features(x))
 
 def convnet_bn(out_dim, image_size=32, width=128):
-    """KRR-ST's network (Lee et al. 2023): batch norm, 128-256-512; from 64 pixels 64-128-256-512."""
+    """KRR-ST's network (Lee et al. 2023): batch norm, 128-256-512; at 64 pixels 64-128-256-512."""
     channels = [width, 2 * width, 4 * width]
     if image_size >= 64:
         channels.insert(0, max(1, width // 2))
@@ -179,8 +179,8 @@ def barlow_twins_loss(z1, z2, lambd):
     return on_diagonal + lambd * off_diagonal
 
 def nt_xent_loss(z1, z2, temperature=0.5):
-    """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views. z1, z2
-    [B, d]: two views of B images. A view's positive is the other one; the rest are negatives."""
+    """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views.
+    z1, z2: [B, d], two views of B images. A view's positive is the other; the rest are negatives."""
     z = F.normalize(torch.cat([z1, z2]))                                   # [2B, d]
     similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)         # not with itself
     positive = torch.arange(len(z), device=z.device).roll(len(z1))         # i <-> i + B
