@@ -139,21 +139,19 @@ def matching_loss(loss, theta, target, images, lr, steps):
 class InnerStep:
     """A step of Eq. 8 of a loss(theta, x, y), and what is needed to go back through it:
     gradient(theta, x, y) = g = dL/dtheta, of which Eq. 8 subtracts alpha_syn g
-    adjoint(theta, x, y, v) = (H v, d(g . v)/dx, g . v), where H = dg/dtheta. Differentiating the
+    adjoint(theta, x, y, v) = ((H v, d(g . v)/dx), g . v), where H = dg/dtheta. Differentiating the
         scalar g . v, itself made of a gradient, gives all three; H is never formed."""
 
     def __init__(self, loss):
         gradient = torch.func.grad(loss)
 
-        def adjoint(theta, x, y, v):
-            def g_dot_v(theta, x):
-                return gradient(theta, x, y) @ v
-            (hv, gx), gv = torch.func.grad_and_value(g_dot_v, argnums=(0, 1))(theta, x)
-            return hv, gx, gv
+        def g_dot_v(theta, x, y, v):
+            return gradient(theta, x, y) @ v
 
         self.gradient = gradient
-        self.adjoint = adjoint
+        self.adjoint = torch.func.grad_and_value(g_dot_v, argnums=(0, 1))
 
+@torch.no_grad()
 def matching_gradient(inner, theta, target, images, lr, steps):
     """L_DD of Eq. 4 and its exact gradient with respect to the images and the learned rate: what
     differentiating `matching_loss` gives, in the memory of one step and N vectors [P].
@@ -168,10 +166,6 @@ def matching_gradient(inner, theta, target, images, lr, steps):
         dL_DD / dx_{b_n} += -lr d(g_n . v_{n+1}) / dx      dL_DD / dlr += -g_n . v_{n+1}
 
     Returns (loss, gradient of the images, gradient of the learned rate)."""
-    theta = theta.detach()
-    target = target.detach()
-    images = images.detach()
-    lr = torch.as_tensor(lr, dtype=theta.dtype, device=theta.device).detach()
     thetas = [theta]
     for batch, y in steps:
         thetas.append(thetas[-1] - lr * inner.gradient(thetas[-1], images[batch], y))
@@ -180,9 +174,9 @@ def matching_gradient(inner, theta, target, images, lr, steps):
     scale = (theta - target).square().sum()
     v = 2 * (end - target) / scale
     grad_images = torch.zeros_like(images)
-    grad_lr = torch.zeros_like(lr)
+    grad_lr = torch.zeros_like(scale)
     for theta_n, (batch, y) in zip(thetas[::-1], steps[::-1]):
-        hv, gx, gv = inner.adjoint(theta_n, images[batch], y, v)
+        (hv, gx), gv = inner.adjoint(theta_n, images[batch], y, v)
         grad_images.index_add_(0, batch.to(images.device), gx * -lr)
         grad_lr -= gv
         v = v - lr * hv
@@ -194,8 +188,7 @@ def bound(grad_images, grad_lr, lr, pixel_lr, syn_lr_lr, limit):
     `limit` (root mean square, in standard deviations), and the learned rate `lr` by no more than
     that share of itself; 0: no bound. This is not in the paper: one start at t = 0 can have
     gradients hundreds of times the usual ones, which would ruin the images at once."""
-    if limit == 0:
-        return grad_images, grad_lr, torch.zeros_like(grad_lr)
+    limit = limit or float("inf")
     rms = pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()     # [n, 1, 1, 1]
     scale = (limit / rms).clamp(max=1)
     most = limit * lr.abs() / syn_lr_lr

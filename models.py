@@ -180,7 +180,7 @@ def barlow_twins_loss(z1, z2, lambd):
 
 def nt_xent_loss(z1, z2, temperature=0.5):
     """SimCLR's temperature-scaled cross-entropy (Chen et al. 2020), a mean over the 2B views.
-    z1, z2: [B, d], two views of B images. A view's positive is the other; the rest are negatives."""
+    z1, z2: [B, d], two views of B images. Each view's positive is the other one."""
     z = F.normalize(torch.cat([z1, z2]))                                   # [2B, d]
     similarity = (z @ z.T / temperature).fill_diagonal_(-math.inf)         # not with itself
     positive = torch.arange(len(z), device=z.device).roll(len(z1))         # i <-> i + B
