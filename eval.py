@@ -3,6 +3,8 @@
     python eval.py runs/cifar10/2pct_high_loss                       its set and baselines
     python eval.py runs/cifar10/2pct_high_loss --sets random sas=subset:sas.pkl mkdt --tasks all
 
+A set may be given a name, sas=subset:sas.pkl, by which the paper's means are found, and a learning
+rate for pre-training: random@0.3, or random@mkdt for the learned one.
 A seed fixes the encoder's initial weights, the order of its batches and which images are labelled,
 each in a stream of its own and the same for every set, so that differences are paired."""
 import argparse
@@ -16,7 +18,7 @@ import re
 import sys
 import textwrap
 import time
-from dataclasses import dataclass, replace
+from collections import defaultdict
 from functools import cache, partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -29,8 +31,8 @@ from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_f
                   checksum, command_line, first_line, load, load_dataset,
                   rank_0_first, save, save_text, share, shift_and_flip, start)
 from models import (OBJECTIVES, SSL, Compiled, Examples, Run, augmentations_of_normalized, batches,
-                    build, encode, encoder, mean_loss, read_config, set_learning_rate, stream,
-                    student_name, teacher_network, two_projections)
+                    build, encode, encoder, flat_parameters, mean_loss, read_config,
+                    set_learning_rate, stream, student_name, teacher_network, two_projections)
 
 # ---- Pre-training (Eq. 9) ---------------------------------------------------------------------
 def pretrain(net, loss, order, examples, lr, decay, seed, progress):
@@ -48,15 +50,13 @@ def pretrain(net, loss, order, examples, lr, decay, seed, progress):
 def pretrain_ssl(net, order, images, data, s, lr, seed, progress):
     """Trains `net` by the teacher's self-supervised loss on uint8 `images` alone: appendix B's
     "Random (SSL Pre-training)". Adam with weight decay 1e-6."""
-    make_head = partial(SSL[s.ssl].projector, net.head.out_features)
-    head = build(make_head, seed, "evaluation projector")
-    network = torch.nn.Sequential(net, head.to(images.device))
+    head = build(partial(SSL[s.ssl].projector, net.head.out_features), seed, "evaluation projector")
+    network = torch.nn.Sequential(net, head).to(images.device)
     optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=1e-6)
     for step, batch in order:
         if len(batch) == 1:                # batch norm needs two
             continue
-        draw = seed, "pretrain views", step
-        z1, z2 = two_projections(network, images[batch], data, s, draw)
+        z1, z2 = two_projections(network, images[batch], data, s, (seed, "pretrain views", step))
         loss = SSL[s.ssl].loss(z1, z2, s)
         optimizer.zero_grad()
         loss.backward()
@@ -64,7 +64,7 @@ def pretrain_ssl(net, order, images, data, s, lr, seed, progress):
         progress(step + 1, loss=loss.detach())
 
 # ---- Linear probe (Eq. 3) and fine-tuning (Table 10) ------------------------------------------
-def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
+def linear_probe(features, labels, classes, weight=1e-3):
     """A linear classifier by full-batch LBFGS on cross-entropy + weight * sum(W^2); the bias is not
     penalised. features [n, d], labels int64 [n]. It starts from zero, and a line search keeps it
     from diverging. Returns W [classes, d], b [classes]. ValueError if features are not finite."""
@@ -72,9 +72,8 @@ def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
         raise ValueError("the features are not finite")
     W = features.new_zeros(classes, features.shape[1], requires_grad=True)
     b = features.new_zeros(classes, requires_grad=True)
-    optimizer = torch.optim.LBFGS([W, b], max_iter=iterations, max_eval=25 * iterations,
-                                  history_size=20, tolerance_change=1e-12,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([W, b], max_iter=100, max_eval=2500, history_size=20,
+                                  tolerance_change=1e-12, line_search_fn="strong_wolfe")
 
     def objective():
         optimizer.zero_grad()
@@ -86,32 +85,29 @@ def linear_probe(features, labels, classes, weight=1e-3, iterations=100):
     return W.detach(), b.detach()
 
 def linear_scores(net, task, percents, seed, log=None):
-    """The accuracy of a linear probe with each share of the labels; encodes each image once."""
+    """Yields a linear probe's accuracy with each share of the labels; encodes each image once."""
     drawn = [labelled_subset(task, percent, seed) for percent in percents]
     needed = torch.cat(drawn).unique()                                     # sorted
     features = encode(net.features, task.train_images[needed], task.normalize)
     known = task.test_labels >= 0
     test_features = encode(net.features, task.test_images[known], task.normalize)
-    scores = []
     for chosen in drawn:
         rows = features[torch.searchsorted(needed, chosen)]
         W, b = linear_probe(rows, task.train_labels[chosen], task.classes)
-        scores.append(accuracy(test_features @ W.T + b, task.test_labels[known]))
-    return scores
+        yield accuracy(test_features @ W.T + b, task.test_labels[known])
 
 FINETUNE_STEPS = {"cifar10": 10_000, "cifar100": 10_000, "tinyimagenet": 10_000}       # else 5,000
 
 def finetune(net, task, chosen, seed, progress):
-    """A copy of `net` with a linear layer, trained as a whole on the images `chosen` of a
-    labelled Dataset for progress.total steps, as Lee et al. (2023) do; it maps images to logits.
-    SGD at 0.01 with momentum 0.9, weight decay 5e-4 and a cosine to zero, batches of 256; images
-    are shifted by up to four pixels and mirrored, then normalised."""
+    """A copy of `net` with a linear layer, trained as a whole on the labelled images `chosen` for
+    progress.total steps, as Lee et al. (2023) do: SGD at 0.01 with a cosine to zero, momentum 0.9,
+    weight decay 5e-4, batches of 256, each image shifted by up to four pixels and mirrored or not.
+    It maps normalised images to logits."""
     images, labels, steps = task.train_images[chosen], task.train_labels[chosen], progress.total
     net = copy.deepcopy(net).eval()
     d = encode(net.features, images[:1], task.normalize).shape[1]
-    make_head = partial(torch.nn.Linear, d, task.classes)
-    net.head = build(make_head, seed, "fine-tuning head").to(images.device)
-    net.train()
+    net.head = build(partial(torch.nn.Linear, d, task.classes), seed, "fine-tuning head")
+    net.to(images.device).train()
     optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4)
     order = batches(len(images), 256, steps, seed, "fine-tuning order", images.device)
     for step, batch in itertools.islice(order, steps):
@@ -126,15 +122,13 @@ def finetune(net, task, chosen, seed, progress):
     return net.eval()
 
 def finetuned_scores(net, task, percents, seed, log):
-    """The accuracy after fine-tuning with each share of the labels."""
+    """Yields the accuracy after fine-tuning with each share of the labels."""
     known = task.test_labels >= 0
-    scores = []
     for percent in percents:
         progress = Progress("finetune", FINETUNE_STEPS.get(task.name, 5_000), log)
         network = finetune(net, task, labelled_subset(task, percent, seed), seed, progress)
         logits = encode(network, task.test_images[known], task.normalize)
-        scores.append(accuracy(logits, task.test_labels[known]))
-    return scores
+        yield accuracy(logits, task.test_labels[known])
 
 class Protocol(NamedTuple):
     """How an encoder is judged, and what is usual then; "" or 0 is what the run itself has."""
@@ -155,8 +149,7 @@ def accuracy(logits, labels):
     return 100 * (logits.argmax(1) == labels).float().mean().item()
 
 def labelled_subset(task, percent, seed):
-    """Indices of the images whose labels are used: that share of the labelled training images,
-    drawn uniformly, sorted."""
+    """Sorted indices of the labels that are used: a share, drawn uniformly, of those known."""
     known = (task.train_labels >= 0).nonzero()[:, 0].cpu()
     order = torch.randperm(len(known), generator=stream(seed, "labels", float(percent)))
     return known[order[:share(len(known), percent, "--labels")].sort().values]
@@ -166,25 +159,24 @@ def krr_loss(f_syn, y_syn, f_real, y_real, ridge=1e-6):
     """MSE of kernel ridge regression from the synthetic set to real images (Lee et al. 2023).
     Features f_syn [n, p], f_real [B, p], targets y_syn [n, d], y_real [B, d]. The kernel is linear
     in the features and a constant; the ridge is relative to the kernel's trace."""
-    f_syn = torch.cat([f_syn, torch.ones_like(f_syn[:, :1])], dim=1)
-    f_real = torch.cat([f_real, torch.ones_like(f_real[:, :1])], dim=1)
+    f_syn = F.pad(f_syn, [0, 1], value=1)
+    f_real = F.pad(f_real, [0, 1], value=1)
     kernel = f_syn @ f_syn.T                                               # [n, n]
     penalty = ridge * kernel.trace().detach() * torch.eye(len(kernel), device=kernel.device)
     return F.mse_loss(f_real @ f_syn.T @ torch.linalg.solve(kernel + penalty, y_syn), y_real)
 
 def krr_st(make, images, targets, real, lr, lifetime, progress_of):
-    """KRR-ST (Lee et al. 2023): moves images [n, 3, H, W] and targets [n, d] to lower `krr_loss` of
-    real images under an encoder out of a pool of ten by make(). That encoder then takes a step on
-    the set itself by MSE, or begins anew after `lifetime` steps; at first, their ages are random.
-    Adam, whose rate falls linearly from `lr` to a thousandth of it. The images, from [0, 1] at
-    first, are network input as they are. real(step) -> augmented real images, normalised, and the
-    teacher's representations of them. progress_of(**state) makes the Progress."""
+    """KRR-ST (Lee et al. 2023): moves images [n, 3, H, W], network input as they are, and targets
+    [n, d] to lower `krr_loss` of real images under an encoder out of a pool of ten by make(). That
+    one then takes a step on the set itself by MSE, or begins anew after `lifetime` steps; ages are
+    random at first. Adam's rate falls linearly from `lr` to lr / 1000. real(step) -> real images,
+    augmented and normalised, and the teacher's outputs. progress_of(**state) makes the Progress."""
     images = images.clone().requires_grad_()
     targets = targets.clone().requires_grad_()
     pool = torch.nn.ModuleList(build(make, 0, "krr_st", k, 0) for k in range(10)).to(images.device)
     age = torch.randint(1, lifetime, (len(pool),), generator=stream(0, "krr_st", "ages"))
     outer = torch.optim.Adam([images, targets])
-    inner = torch.optim.SGD(pool.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
+    inner = torch.optim.SGD(pool.parameters(), 0.1, 0.9, weight_decay=1e-3)
 
     def learn(k):
         loss = F.mse_loss(pool[k].train()(images.detach()), targets.detach())
@@ -200,8 +192,7 @@ def krr_st(make, images, targets, real, lr, lifetime, progress_of):
     for step in range(progress.first_step, progress.total):
         k = int(torch.randint(len(pool), (), generator=stream(0, "krr_st", "encoder", step)))
         x, y = real(step)
-        with torch.no_grad():
-            f_real = pool[k].eval().features(x)
+        f_real = encode(pool[k].eval().features, x, chunk=len(x))
         loss = krr_loss(pool[k].features(images), targets, f_real, y)
         images.grad, targets.grad = torch.autograd.grad(loss, (images, targets))
         set_learning_rate(outer, lr * (1 - 0.999 * step / progress.total))
@@ -218,10 +209,9 @@ def krr_st(make, images, targets, real, lr, lifetime, progress_of):
     return images.detach(), targets.detach()
 
 def dm(make, images, data, s, groups, progress_of):
-    """DM (Zhao & Bilen 2023) without labels (appendix F): moves images [n, 3, H, W] by SGD at 1.
-    In every iteration, under a fresh encoder of make(), it brings the mean feature of each of
-    `groups` groups of the images closer to that of 256 real images; both have the same
-    augmentation. progress_of as in `krr_st`. Returns the images."""
+    """DM (Zhao & Bilen 2023) without labels (appendix F): moves images [n, 3, H, W] by SGD at 1. In
+    each iteration, under a fresh encoder of make(), it brings the mean feature of each of `groups`
+    groups of them closer to that of 256 real images, equally augmented. progress_of: as above."""
     images = images.clone().requires_grad_()
     optimizer = torch.optim.SGD([images], 1.0, momentum=0.5)
     progress = progress_of(images=images, optimizer=optimizer)
@@ -235,42 +225,41 @@ def dm(make, images, data, s, groups, progress_of):
             augment, _ = augmentations_of_normalized(data, s, 1, (0, "dm", "views", step, g))
             real = net.features(augment(data.normalize(data.train_images[batch])))
             ours = net.features(augment(images[part]))
-            loss = (ours.mean(dim=0) - real.mean(dim=0)).square().sum()
+            loss = (ours.mean(0) - real.mean(0)).square().sum()
             loss.backward()
             total += loss.detach()
         optimizer.step()
         progress(step + 1, loss=total)
     return images.detach()
 
-def baseline_file(run, name, n):
+def baseline_file(run, set_name, n):
     """The file of n images that KRR-ST or DM distils, as a SetName says; made if need be."""
-    s, data, kind = run.s, run.data, name.kind
-    count, _, pool = name.argument.partition(":")
-    iterations = int(count or ITERATIONS[kind])
-    pool = pool or {"krr_st": "convnet_bn", "dm": student_name(s)}[kind]
-    path = run.set_dir / f"{kind}_{iterations}_{pool.replace(':', '_')}.pt"
+    s, data, method = run.s, run.data, set_name.kind
+    count, _, architecture = set_name.argument.partition(":")
+    iterations = int(count or ITERATIONS[method])
+    architecture = architecture or {"krr_st": "convnet_bn", "dm": student_name(s)}[method]
+    path = run.set_dir / f"{method}_{iterations}_{architecture.replace(':', '_')}.pt"
     if path.exists():
         return path
     if not (run.run_dir / "teacher.pt").exists():
-        raise InputError(f"{kind} needs a teacher trained here, {run.run_dir}/teacher.pt")
+        raise InputError(f"{method} needs a teacher trained here, {run.run_dir}/teacher.pt")
     f_T = teacher_network(s, data.image_size)
     f_T.load_state_dict(load(run.run_dir / "teacher.pt"))
     f_T.to(s.device).eval()
-    make = partial(encoder, pool, run.out_dim, data.image_size)
-    chosen = torch.randperm(len(data.train_images), generator=stream(0, kind, "images"))[:n]
+    make = partial(encoder, architecture, run.out_dim, data.image_size)
+    chosen = torch.randperm(len(data.train_images), generator=stream(0, method, "images"))[:n]
     images = data.train_images[chosen].float() / 255
     checkpoint = path.with_suffix(".checkpoint")
-    progress_of = partial(Progress, kind, iterations, run.log, checkpoint)
+    progress_of = partial(Progress, method, iterations, run.log, checkpoint)
 
     def real(step):
-        """1,024 real images, cropped and mirrored, and the teacher's representations of these."""
-        rng = stream(0, kind, "real images", step)
+        rng = stream(0, method, "real images", step)
         batch = torch.randint(len(data.train_images), (1024,), generator=rng)
         x = data.train_images[batch].float() / 255
         x = data.normalize(shift_and_flip(x, rng.initial_seed()))
         return x, encode(f_T, x)
 
-    if kind == "krr_st":
+    if method == "krr_st":
         lr = 1e-5 if s.dataset == "tinyimagenet" else 1e-4
         lifetime = min(1000, iterations + 1)
         images, targets = krr_st(make, images, run.targets[chosen], real, lr, lifetime, progress_of)
@@ -293,8 +282,7 @@ SETS = {
     "krr_st": (r"|[1-9]\d*(:.+)?", "KRR-ST's, distilled here in 160000 steps; krr_st:1000 in 1000; "
                "krr_st:1000:convnet with a pool of another encoder than convnet_bn"),
     "dm": (r"|[1-9]\d*", "DM's without labels, distilled here in 20000 steps; dm:500 in 500"),
-    "distilled": (".+", "distilled:PATH, a set of this project or of the code of MKDT, KRR-ST, MTT "
-                  "or DATM"),
+    "distilled": (".+", "distilled:PATH, a set of this code or MKDT's, KRR-ST's, MTT's or DATM's"),
     "mkdt": (r"|[1-9]\d*", "the run's distilled set; mkdt:1000 after 1000 iterations"),
     "full": ("", "all training images"),
 }
@@ -302,8 +290,8 @@ ITERATIONS = {"krr_st": 160_000, "dm": 20_000}
 DEFAULT_SETS = "none random random@mkdt high_loss high_loss@mkdt initial initial@mkdt mkdt".split()
 
 class SetName(NamedTuple):
-    """A set as it is typed: [NAME=]KIND[:ARGUMENT][@RATE]."""
-    name: str                              # printed, saved, and looked up in the paper's tables
+    """A set as it is typed: [ROW=]KIND[:ARGUMENT][@RATE]."""
+    row: str                               # printed, saved, and looked up in the paper's tables
     kind: str
     argument: str
     rate: str                              # "", a number, or "mkdt"
@@ -311,23 +299,21 @@ class SetName(NamedTuple):
     @property
     def ssl_epochs(self):
         """The epochs of random:ssl:80, 1000 for random:ssl, and 0 for other sets."""
-        if self.kind != "random" or not self.argument:
-            return 0
-        return int(self.argument[4:] or 1000)
+        if self.kind == "random" and self.argument:
+            return int(self.argument[4:] or 1000)
+        return 0
 
 def parse_set(text):
     """The SetName of `text`. Raises InputError if there is no such set."""
     rate = r"mkdt|\d*\.?\d+(?:e-?\d+)?"
     parts = re.fullmatch(rf"(?:([\w.-]+)=)?(\w+)(?::(.+?))?(?:@({rate}))?", text)
-    name, kind, argument, rate = parts.groups(default="") if parts else ("", "", "", "")
+    row, kind, argument, rate = parts.groups("") if parts else [""] * 4
     possible = kind in SETS and re.fullmatch(SETS[kind][0], argument)
     if not possible or rate not in ("", "mkdt") and float(rate) == 0:
-        raise InputError(f"unknown set {text!r}: choose from {', '.join(SETS)} (eval.py --help), "
-                         "with a learning rate as in random@0.3 or random@mkdt, the learned one")
-    return SetName(name or text, kind, argument, rate)
+        raise InputError(f"unknown set {text!r}: choose from {', '.join(SETS)}; see eval.py --help")
+    return SetName(row or text, kind, argument, rate)
 
-@dataclass
-class PretrainingSet:
+class PretrainingSet(NamedTuple):
     """What an encoder is pre-trained on. images: [n, 3, H, W], normalised or uint8, or None for no
     pre-training. targets: those of `Examples`. lr: the learned rate, or None. id: a checksum."""
     images: torch.Tensor
@@ -345,21 +331,19 @@ class Sets:
         self.real_id = checksum(run.data.id, run.targets)
         self.load_set = cache(self.load_set)
 
-    def get(self, name, seed):
+    def get(self, set_name, seed):
         """The PretrainingSet of a SetName for `seed`."""
-        if name.kind == "none":
+        if set_name.kind == "none":
             return PretrainingSet(None, None, 0.0, self.real_id)
-        if name.kind == "random":
-            total = len(self.run.data.train_images)
-            found = self.real_subset(torch.randperm(total, generator=stream(seed, "random subset")))
+        if set_name.kind == "random":
+            rng = stream(seed, "random subset")
+            found = self.real_subset(torch.randperm(len(self.run.targets), generator=rng))
         else:
-            found = self.load_set(name)
-        lr = found.lr or self.run.s.pretrain_lr
-        if name.ssl_epochs:
-            lr = 1e-3
-        if name.rate:
-            lr = self.mkdt.lr if name.rate == "mkdt" else float(name.rate)
-        return replace(found, lr=lr)
+            found = self.load_set(set_name)
+        lr = found.lr or (1e-3 if set_name.ssl_epochs else self.run.s.pretrain_lr)
+        if set_name.rate:
+            lr = self.mkdt.lr if set_name.rate == "mkdt" else float(set_name.rate)
+        return found._replace(lr=lr)
 
     def real_subset(self, order):
         """The first of the training images in that order, as many as the distilled set has."""
@@ -367,37 +351,33 @@ class Sets:
         return PretrainingSet(self.run.data.train_images[chosen], self.run.targets[chosen], None,
                               checksum(self.real_id, chosen))
 
-    def load_set(self, name):
+    def load_set(self, set_name):
         """A set that is the same for every seed; KRR-ST's and DM's are distilled if need be."""
-        run, n = self.run, len(self.mkdt.images)
-        if name.kind == "full":
+        run, kind, n = self.run, set_name.kind, len(self.mkdt.images)
+        if kind == "full":
             return PretrainingSet(run.data.train_images, run.targets, None, self.real_id)
-        if name.kind == "high_loss":
+        if kind == "high_loss":
             if self.order is None:
                 raise InputError(f"high_loss needs a teacher, which {run.s.objective} has not")
             return self.real_subset(self.order)
-        if name.kind == "subset":
-            order = read_indices(name.argument, len(run.data.train_images))
-            told = f"{name.name}: the first {min(n, len(order)):,} of {len(order):,} indices"
-            if len(order) < n:
-                told += f", fewer than the distilled set's {n:,}"
-            if run.s.train_images:
-                told += f", among the run's {len(run.data.train_images):,} images"
-            print(told, flush=True)
+        if kind == "subset":
+            total = len(run.data.train_images)
+            order = read_indices(set_name.argument, total)
+            print(f"{set_name.row}: the first {min(n, len(order)):,} of {len(order):,} indices of "
+                  f"{total:,} training images; the distilled set has {n:,}", flush=True)
             return self.real_subset(order)
-        if name.kind == "mkdt" and not name.argument:
+        if kind == "mkdt" and not set_name.argument:
             return self.mkdt
-        if name.kind == "distilled":
-            path = Path(name.argument)
-        elif name.kind == "initial":
+        path = Path(set_name.argument)                         # distilled:PATH
+        if kind == "initial":
             path = run.set_dir / "init.pt"
-        elif name.kind == "mkdt":
-            path = run.set_dir / f"distilled_{name.argument:0>5}.pt"
-        else:
-            path = baseline_file(run, name, n)
+        elif kind == "mkdt":
+            path = run.set_dir / f"distilled_{set_name.argument:0>5}.pt"
+        elif kind in ITERATIONS:
+            path = baseline_file(run, set_name, n)
         found = read_distilled(path, run.s.device)
-        if name.kind == "distilled" and found.lr is None and not name.rate:
-            print(f"{name.name}: without a learned rate, so at --pretrain-lr {run.s.pretrain_lr:g}")
+        if kind == "distilled" and found.lr is None and not set_name.rate:
+            print(f"{set_name.row}: no learned rate, so at --pretrain-lr {run.s.pretrain_lr:g}")
         return found
 
 class IndexUnpickler(pickle.Unpickler):
@@ -413,29 +393,26 @@ class IndexUnpickler(pickle.Unpickler):
 def read_indices(path, n):
     """Distinct indices of 0..n-1 in a .pkl, .npy or .txt: a list, array, or dict of "indices"."""
     try:
-        if path.endswith(".npy"):
-            found = np.load(path)
-        else:
-            content = Path(path).read_bytes()
-            if path.endswith(".pkl"):
-                found = IndexUnpickler(io.BytesIO(content)).load()
+        with open(path, "rb") as file:
+            if path.endswith(".npy"):
+                found = np.load(file)
+            elif path.endswith(".pkl"):
+                found = IndexUnpickler(file).load()
             else:
-                found = content.replace(b",", b" ").split()
+                found = file.read().replace(b",", b" ").split()
         if isinstance(found, dict):
             found = found["indices"]
         indices = np.array(found, float).ravel()
-        distinct = np.intersect1d(indices, np.arange(n))
-        if not 0 < len(indices) == len(distinct):
+        if not 0 < len(indices) == len(np.intersect1d(indices, np.arange(n))):
             raise ValueError(f"expected distinct whole numbers from 0 to {n - 1}")
     except Exception as error:             # no file, a damaged pickle, a hostile one
         raise InputError(f"subset:{path} is not a list of indices ({first_line(error)})") from error
     return torch.from_numpy(indices).long()
 
 def read_distilled(path, device):
-    """The PretrainingSet in files; its rate is None if there is none.
-    path: a distilled.pt, a snapshot or an init.pt of this project; images_S.pt with labels_S.pt and
-    perhaps synlr_S.pt or lr_S.pt beside it, as the code of MKDT, MTT and DATM leaves them; x_syn.pt
-    with y_syn.pt, as KRR-ST's does for every method."""
+    """The PretrainingSet in files; its lr is None if they have none. path: a distilled.pt, snapshot
+    or init.pt of this project; images_S.pt, beside it labels_S.pt and maybe synlr_S.pt or lr_S.pt,
+    as the code of MKDT, MTT and DATM leaves them; x_syn.pt and y_syn.pt beside it, as KRR-ST's."""
     images, targets, lr = load(path), None, None
     if isinstance(images, dict):
         images, targets, lr = (images.get(key) for key in ("images", "targets", "lr"))
@@ -447,18 +424,16 @@ def read_distilled(path, device):
             rate = path.with_name(path.name.replace("images_", prefix))
             if rate.exists():
                 lr = float(torch.as_tensor(load(rate)).float().mean())
-    good = torch.is_tensor(images) and images.dim() == 4 and images.isfinite().all() and \
-        images.shape == (len(images), 3, images.shape[3], images.shape[3]) and len(images) > 0
-    matching = torch.is_tensor(targets) and targets.dim() in (1, 2) and \
-        targets.isfinite().all() and good and len(targets) == len(images)
-    if not matching:
-        raise InputError(f"{path}: expected finite images [n, 3, H, H], n > 0, and beside them "
-                         "representations [n, d] or labels [n]")
+    good = torch.is_tensor(images) and torch.is_tensor(targets) and images.dim() == 4 and \
+        targets.dim() in (1, 2) and images.shape[:3] == (len(targets), 3, images.shape[3]) and \
+        len(images) > 0 and images.isfinite().all() and targets.isfinite().all()
+    if not good:
+        raise InputError(f"{path}: expected finite images [n, 3, H, H], with targets [n, d] or [n]")
     if lr is not None and not 0 < lr < math.inf:
         raise InputError(f"{path}: its learned rate is {lr}")
-    kind = torch.long if targets.dim() == 1 else torch.float
+    dtype = torch.long if targets.dim() == 1 else torch.float
     return PretrainingSet(images.detach().to(device, torch.float),
-                          targets.detach().to(device, kind), lr, checksum(images, targets))
+                          targets.detach().to(device, dtype), lr, checksum(images, targets))
 
 # ---- Results: what is asked for, and the lines of results.csv ---------------------------------
 TASKS = "cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers".split()          # of Table 1
@@ -478,46 +453,45 @@ class Line(NamedTuple):
 class Table:
     """What can be computed of the table that the flags of eval.py ask for; the rest is left out,
     and reported. Raises InputError if nothing is left, or a set or an encoder cannot be made.
-    names: a SetName for each row. tasks: {name: Dataset}. shares: {name of a task: shares of its
-    labels, in percent}. jobs: {(encoder, seed, SetName): its lines, without the accuracy}."""
+    tasks: {name: (Dataset, its shares of labels)}. jobs: {(encoder, seed, SetName): its lines}."""
 
     def __init__(self, run, flags):
         self.run, self.protocol, self.paired = run, PROTOCOLS[flags.protocol], flags.paired
-        self.encoders = flags.encoders or [self.protocol.encoder or student_name(run.s)]
-        for kind in self.encoders:
-            encoder(kind, run.out_dim, run.data.image_size)
+        encoders = flags.encoders or [self.protocol.encoder or student_name(run.s)]
+        for architecture in encoders:
+            encoder(architecture, run.out_dim, run.data.image_size)
         self.sets = Sets(run)
-        names = flags.sets or [name for name in DEFAULT_SETS
-                               if self.sets.order is not None or "high_loss" not in name]
-        self.names = [parse_set(name) for name in names]
-        rows = [name.name for name in self.names]
-        if len(set(rows)) < len(rows):
-            raise InputError(f"two of the sets have one name: {' '.join(rows)}")
-        if self.paired and self.paired not in rows:
-            raise InputError(f"--paired {self.paired} is not one of the sets: {' '.join(rows)}")
+        texts = flags.sets or [text for text in DEFAULT_SETS
+                               if self.sets.order is not None or "high_loss" not in text]
+        set_names = [parse_set(text) for text in texts]
+        self.rows = [set_name.row for set_name in set_names]
+        if len(set(self.rows)) < len(self.rows):
+            raise InputError(f"two of the sets have one name: {' '.join(self.rows)}")
+        if self.paired and self.paired not in self.rows:
+            raise InputError(f"--paired {self.paired} is not one of the sets {' '.join(self.rows)}")
         with rank_0_first():               # it distils the baselines
-            for name in self.names:
-                self.sets.get(name, flags.seeds[0])
-        self.tasks, self.shares, self.left_out = {}, {}, set()
+            for set_name in set_names:
+                self.sets.get(set_name, flags.seeds[0])
+        self.tasks, self.left_out = {}, set()
         for task in flags.tasks or [run.s.dataset]:
             for name in TASKS if task == "all" else [task]:
                 try:
                     self.open_task(name, flags.labels or self.protocol.labels)
                 except InputError as error:
                     self.leave_out(name, error)
-        if not self.shares:
+        if not self.tasks:
             raise InputError("nothing can be evaluated: there is no task with enough labels")
-        jobs = itertools.product(self.encoders, flags.seeds, self.names)
-        self.jobs = {job: self.lines_of(*job) for job in jobs}
+        jobs = itertools.product(encoders, flags.seeds, set_names)
+        self.jobs = {job: list(self.lines_of(*job)) for job in jobs}
+        self.lines = list(itertools.chain(*self.jobs.values()))
 
     def open_task(self, name, labels):
         """Adds a task, with those shares of its labels that leave an image."""
-        run, s = self.run, self.run.s
-        task = run.data
+        s, task = self.run.s, self.run.data
         if name != s.dataset:
             task = load_dataset(name, s.data_dir, device=s.device)
         elif s.train_images:               # a task has all of its labels
-            task = load_dataset(run.data.source, s.data_dir, s.image_size, s.device)
+            task = load_dataset(task.source, s.data_dir, s.image_size, s.device)
         if not task.labelled:
             raise InputError("it has no labels to probe with in both splits")
         if task.name in self.tasks:
@@ -527,7 +501,7 @@ class Table:
         for percent in set(labels).difference(shares):
             self.leave_out(f"{name} at {percent:g}% of the labels", f"it has {count} in all")
         if shares:
-            self.tasks[task.name], self.shares[task.name] = task, shares
+            self.tasks[task.name] = task, shares
 
     def leave_out(self, what, reason):
         """Reports, once, that something is left out of the table."""
@@ -536,21 +510,17 @@ class Table:
             print(f"left out: {what} ({first_line(reason)})", flush=True,
                   file=sys.stdout if RANK == 0 else sys.stderr)
 
-    def how(self, kind):
-        """How an encoder of that kind is trained and judged, as results.csv says it."""
-        return f"{kind}, {self.protocol.name}, {self.run.s.pretrain_epochs} epochs"
-
-    def lines_of(self, kind, seed, name):
-        """The lines of one pre-training, as they are before it is done."""
-        chosen, s = self.sets.get(name, seed), self.run.s
-        lines = []
-        for task, shares in self.shares.items():
-            made_of = checksum(chosen.id, chosen.lr, name.ssl_epochs, s.pretrain_batch, s.objective,
-                               self.tasks[task].id)
+    def lines_of(self, architecture, seed, set_name):
+        """Yields the lines of one pre-training, as they are before it is done."""
+        chosen, s = self.sets.get(set_name, seed), self.run.s
+        how = f"{architecture}, {self.protocol.name}, {s.pretrain_epochs} epochs"
+        rate = str(chosen.lr or "")
+        for task, shares in self.tasks.values():
+            made_of = checksum(chosen.id, chosen.lr, set_name.ssl_epochs, s.pretrain_batch,
+                               s.objective, task.id)
             for percent in shares:
-                lines.append(Line(name.name, self.how(kind), task, f"{percent:g}", str(seed),
-                                  str(chosen.lr or ""), "", "", made_of))
-        return lines
+                yield Line(set_name.row, how, task.name, f"{percent:g}", str(seed), rate, "", "",
+                           made_of)
 
 def evaluate(run, flags=None):
     """Computes what results.csv lacks of the table that the flags of eval.py ask for, or of the
@@ -561,14 +531,14 @@ def evaluate(run, flags=None):
         results = valid_results(table, path)
     missing = [job for job, lines in table.jobs.items()
                if any(line[:5] not in results for line in lines)][RANK::RANKS]
-    for done, (kind, seed, name) in enumerate(missing):
+    for done, (architecture, seed, set_name) in enumerate(missing, 1):
         began = time.monotonic()
-        lines = compute(table, kind, seed, name)
+        lines = list(compute(table, architecture, seed, set_name))
         with open(path, "a", encoding="utf-8", newline="") as file:
             csv.writer(file, lineterminator="\n").writerows(lines)
         scores = {f"{line.task} {line.labels}%": float(line.accuracy) for line in lines}
-        run.log("eval", done + 1, len(missing), 1 / (time.monotonic() - began),
-                f"{name.name}, seed {seed}, {kind}", **scores)
+        run.log("eval", done, len(missing), 1 / (time.monotonic() - began),
+                f"{set_name.row}, seed {seed}, {architecture}", **scores)
     barrier()                              # until every rank has written
     text = print_table(table, valid_results(table, path))
     save_text(run.set_dir / "results.md", text)
@@ -576,85 +546,77 @@ def evaluate(run, flags=None):
 
 def valid_results(table, path):
     """{the first five fields: Line} of results.csv, to which several processes may append lines.
-    What this table would compute from other files or settings is dropped, and reported."""
-    results, dropped = {}, set()
+    Those that this table would make of other files or settings are dropped, and reported."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     header, *rows = csv.reader(before.splitlines() or [",".join(Line._fields)])
     if tuple(header) != Line._fields:
-        raise InputError(f"{path} is not as this program writes it (columns "
-                         f"{','.join(Line._fields)}): move it away, and it is made anew")
-    for row in rows:
-        if len(row) == len(header):        # a kill or a full disk can cut one off
-            results[tuple(row[:5])] = Line(*row)
-    for line in itertools.chain(*table.jobs.values()):
+        raise InputError(f"{path} is not as this program writes it: move it away to get a new one")
+    whole = [Line(*row) for row in rows if len(row) == len(header)]        # a kill can cut one off
+    results = {line[:5]: line for line in whole}
+    dropped = set()
+    for line in table.lines:
         if results.get(line[:5], line).made_of != line.made_of:
-            del results[line[:5]]
-            dropped.add(line.set)
+            dropped.add(results.pop(line[:5]).set)
     if dropped:
-        print("dropped from results.csv, since made of other files or settings than now: "
-              f"{' '.join(sorted(dropped))}")
+        print(f"dropped from results.csv, as files or settings differ: {' '.join(sorted(dropped))}")
     after = io.StringIO()
     csv.writer(after, lineterminator="\n").writerows([Line._fields, *results.values()])
     if after.getvalue() != before:
         save_text(path, after.getvalue())
     return results
 
-def compute(table, kind, seed, name):
-    """Pre-trains an encoder of that kind on the set `name` and judges it on each task: the lines.
-    What fails leaves its own lines out, and is reported once."""
-    found = []
+def compute(table, architecture, seed, set_name):
+    """Yields the lines of one pre-training on each task; what fails is left out, and reported."""
     try:
-        net, mse = pretrained(table, kind, seed, name)
+        net, mse = pretrained(table, architecture, seed, set_name)
     except (ValueError, RuntimeError) as error:
-        table.leave_out(name.name, error)
-        return found
-    for task, shares in table.shares.items():
+        table.leave_out(set_name.row, error)
+        return
+    planned = table.jobs[architecture, seed, set_name]
+    for task, shares in table.tasks.values():
+        lines = [line for line in planned if line.task == task.name]
         try:
-            scores = table.protocol.scores(net, table.tasks[task], shares, seed, table.run.log)
+            scores = table.protocol.scores(net, task, shares, seed, table.run.log)
+            for line, score in zip(lines, scores):
+                yield line._replace(accuracy=str(score), mse=str(mse))
         except (ValueError, RuntimeError) as error:
-            table.leave_out(f"{name.name} on {task}", error)
-            continue
-        lines = [line for line in table.jobs[kind, seed, name] if line.task == task]
-        for line, score in zip(lines, scores):
-            found.append(line._replace(accuracy=str(score), mse=str(mse)))
-    return found
+            table.leave_out(f"{set_name.row} on {task.name}", error)
 
-def pretrained(table, kind, seed, name):
-    """(an encoder of that kind, pre-trained on the set `name`; its `distance`). Raises Diverged if
-    it diverges."""
+def pretrained(table, architecture, seed, set_name):
+    """(an encoder that is pre-trained on a set, its `distance`). Raises Diverged if it diverges."""
     run, s = table.run, table.run.s
-    chosen = table.sets.get(name, seed)
-    objective, d, size = run.objective, run.out_dim, run.data.image_size
+    chosen = table.sets.get(set_name, seed)
+    usual = run.objective, run.out_dim, run.data.image_size
+    objective, d, size = usual
     if chosen.images is not None and chosen.targets.numel() > 0:           # made elsewhere?
-        size, d, target = chosen.images.shape[-1], chosen.targets.shape[-1], "representations"
+        size, d, other = chosen.images.shape[-1], chosen.targets.shape[-1], OBJECTIVES["mse"]
         if chosen.targets.dim() == 1:
-            d, target = int(chosen.targets.max()) + 1, "labels"
-        if objective.target != target:
-            objective = OBJECTIVES["ce" if target == "labels" else "mse"]
-    net, loss = encoder_and_loss(kind, d, size, objective, s.device, run.can_compile)
-    fresh = build(partial(encoder, kind, d, size), seed, "evaluation encoder")
+            d, other = int(chosen.targets.max()) + 1, OBJECTIVES["ce"]
+        if objective.target != other.target:
+            objective = other
+    net, loss = encoder_and_loss(architecture, d, size, objective, s.device, run.can_compile)
+    fresh = build(partial(encoder, architecture, d, size), seed, "evaluation encoder")
     net.train().load_state_dict(fresh.state_dict())
     torch.manual_seed(stream(seed, "dropout").initial_seed())  # some of torchvision's have it
     if chosen.images is not None:
-        epochs = name.ssl_epochs or s.pretrain_epochs
+        epochs = set_name.ssl_epochs or s.pretrain_epochs
         order = list(batches(len(chosen.images), s.pretrain_batch, epochs, seed, "pretrain order",
                              s.device))
         advice = f"Give a lower rate than {chosen.lr:.3g} after the set's name, as in random@0.01."
-        progress = Progress(name.name, len(order), run.log, advice=advice)
-        if name.ssl_epochs:
+        progress = Progress(set_name.row, len(order), run.log, advice=advice)
+        if set_name.ssl_epochs:
             pretrain_ssl(net, order, chosen.images, run.data, s, chosen.lr, seed, progress)
         else:
             examples = Examples(chosen.images, chosen.targets, run.data, s)
             pretrain(net, loss, order, examples, chosen.lr, table.protocol.decay, seed, progress)
-        if not all(p.isfinite().all() for p in net.parameters()):
+        if not flat_parameters(net).isfinite().all():
             raise Diverged(f"pre-training diverged. {advice}")
     net.eval()
-    comparable = (objective, d, size) == (run.objective, run.out_dim, run.data.image_size)
-    return net, distance(run, net) if comparable and not name.ssl_epochs else ""
+    comparable = (objective, d, size) == usual and not set_name.ssl_epochs
+    return net, distance(run, net) if comparable else ""
 
 def distance(run, net):
-    """The distance of Eq. 2 between `net` and the teacher on the test images, or "" if the teacher
-    has not seen them."""
+    """The distance of Eq. 2 of `net` to the teacher on the test images; "" if it never saw them."""
     path = run.run_dir / "representations_test.pt"
     if run.objective.target != "representations" or not path.exists():
         return ""
@@ -665,9 +627,9 @@ def distance(run, net):
     return run.objective.loss(z, teacher["representations"].to(z.device)).mean().item()
 
 @cache                           # compiling takes longer than training
-def encoder_and_loss(kind, d, size, objective, device, compiled):
+def encoder_and_loss(architecture, d, size, objective, device, compiled):
     """(an encoder on the device, its loss(x, y)): made once, and trained again and again."""
-    net = encoder(kind, d, size).to(device).to(memory_format=torch.channels_last)
+    net = encoder(architecture, d, size).to(device).to(memory_format=torch.channels_last)
     loss = partial(mean_loss, objective, net)
     if compiled:
         loss = Compiled(loss)
@@ -678,66 +640,59 @@ def print_table(table, results):
     """results.md: a table for each encoder. A row for each share of labels and set, a column for
     each task: percent correct, mean ± standard deviation over seeds, the best in bold. Beside it
     the paper's mean, if the paper has such a table, and the difference of the set `paired`."""
-    text = []
-    for kind in table.encoders:
-        paper = paper_means(table.run, kind, table.protocol)
+    lines = [results[line[:5]] for line in table.lines if line[:5] in results]
+    if not lines:
+        raise InputError("no cell of the table could be computed: see the lines above")
+    text = ""
+    for how in dict.fromkeys(line.how for line in lines):
+        own = [line for line in lines if line.how == how]
+        paper = paper_means(table.run, how.partition(",")[0], table.protocol)
         head = ["labels", "set", "learning rate", "seeds"]
         for task in table.tasks:
             head += [task] + ["paper"] * bool(paper)
             head += [f"{table.paired} - row"] * bool(table.paired)
         head.append("MSE")
-        rows = []
-        for percent in sorted(set(itertools.chain(*table.shares.values()))):
-            rows += table_rows(table, results, kind, f"{percent:g}", paper)
-        if rows:
-            text.append(f"## {table.run.data.name}, {table.run.s.percent:g}% distilled: "
-                        f"{table.how(kind)}\n")
-            for cells in (head, ["---"] * len(head), *rows):
-                text.append(f"| {' | '.join(cells)} |")
-            text.append("")
-    if not text:
-        raise InputError("no cell of the table could be computed: see the lines above")
-    text.append("Percent correct: mean ± standard deviation over seeds; best but full in bold.")
+        rows = [head, ["---"] * len(head)]
+        for percent in sorted({line.labels for line in own}, key=float):
+            rows += table_rows(table, [line for line in own if line.labels == percent], paper)
+        text += f"## {table.run.data.name}, {table.run.s.percent:g}% distilled: {how}\n\n"
+        for cells in rows:
+            text += f"| {' | '.join(cells)} |\n"
+        text += "\n"
+    text += "Percent correct: mean ± standard deviation over seeds; best but full in bold.\n"
     if table.paired:
-        text.append(f"{table.paired} - row: mean difference, paired by seed, ± its standard error "
-                    "where there are three seeds or more (with three it is rough).")
-    return "\n".join(text) + "\n"
+        text += (f"{table.paired} - row: mean difference, paired by seed, ± its standard error "
+                 "where there are three seeds or more (with three it is rough).\n")
+    return text
 
-def table_rows(table, results, kind, percent, paper):
-    """The rows of one encoder and one share of labels, as lists of cells."""
-    used = {name.name: [] for name in table.names}             # {set: its lines}
-    scores = {}                                                # {(set, task): {seed: accuracy}}
-    for line in itertools.chain(*table.jobs.values()):
-        line = results.get(line[:5])
-        if line and line.how == table.how(kind) and line.labels == percent:
-            used[line.set].append(line)
-            scores.setdefault((line.set, line.task), {})[line.seed] = float(line.accuracy)
-    best = {}
-    for (name, task), of in scores.items():
-        if name != "full":
-            best[task] = max(best.get(task, 0), np.mean(list(of.values())))
-    rows = []
-    for name, lines in used.items():
-        if not lines:
+def table_rows(table, lines, paper):
+    """Yields the rows, lists of cells, of one encoder and one share of labels: of these lines."""
+    scores = defaultdict(dict)                                 # {(set, task): {seed: accuracy}}
+    for line in lines:
+        scores[line.set, line.task][line.seed] = float(line.accuracy)
+    best = defaultdict(float)
+    for (row, task), by_seed in scores.items():
+        if row != "full":
+            best[task] = max(best[task], np.mean(list(by_seed.values())))
+    for row in table.rows:
+        own = [line for line in lines if line.set == row]
+        if not own:
             continue
-        rate = lines[0].rate
-        row = [f"{percent}%", name, rate and f"{float(rate):.3g}",
-               str(len({line.seed for line in lines}))]
+        percent = own[0].labels
+        rate = own[0].rate and f"{float(own[0].rate):.3g}"
+        cells = [f"{percent}%", row, rate, str(len({line.seed for line in own}))]
         for task in table.tasks:
-            of = scores.get((name, task), {})
-            row.append(mean_and_deviation(of, best.get(task)))
+            cells.append(mean_and_deviation(scores[row, task], best.get(task)))
             if paper:
-                row.append(paper.get((percent, name, task), ""))
+                cells.append(paper.get((percent, row, task), ""))
             if table.paired:
-                row.append(paired_difference(scores.get((table.paired, task), {}), of))
-        distances = [float(line.mse) for line in lines if line.mse]
-        row.append(f"{np.mean(distances):.4f}" if distances else "")
-        rows.append(row)
-    return rows
+                cells.append(paired_difference(scores[table.paired, task], scores[row, task]))
+        distances = [float(line.mse) for line in own if line.mse]
+        cells.append(f"{np.mean(distances):.4f}" if distances else "")
+        yield cells
 
 def mean_and_deviation(scores, best):
-    """A cell, from {seed: accuracy}: the mean, bold if it is the best, ± the standard deviation of
-    a sample (n - 1) if there are two seeds or more."""
+    """A cell of {seed: accuracy}: the mean, bold if it is `best`, ± standard deviation (n - 1)."""
     if not scores:
         return ""
     values = list(scores.values())
@@ -751,30 +706,27 @@ def mean_and_deviation(scores, best):
 def paired_difference(ours, theirs):
     """Mean of the differences of two {seed: accuracy} over the seeds that both have, ± its
     standard error if these are three or more; "" for the same set or none."""
-    differences = np.array([ours[seed] - theirs[seed] for seed in ours if seed in theirs])
-    if ours is theirs or len(differences) == 0:
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    if ours is theirs or not differences:
         return ""
-    text = f"{round(differences.mean(), 2) + 0.0:+.2f}"        # never -0.00
+    text = f"{round(np.mean(differences), 2) + 0.0:+.2f}"      # never -0.00
     if len(differences) >= 3:
-        text += f" ± {differences.std(ddof=1) / len(differences) ** 0.5:.2f}"
+        text += f" ± {np.std(differences, ddof=1) / len(differences) ** 0.5:.2f}"
     return text
 
-def paper_means(run, kind, protocol):
-    """The paper's means for this run's data set, percentage and teacher and for an encoder of that
-    kind, at the paper's own settings whatever ours are: {(share of labels, set, task): mean}; {} if
-    the paper has no such table, or if the file of its tables is not there."""
+def paper_means(run, architecture, protocol):
+    """The paper's means for this run's data set, percentage and teacher and for such an encoder,
+    whatever our settings: {(share of labels, set, task): mean}; {} without such a table or file."""
     s = run.s
-    teacher = s.ssl if s.objective == "mse" else s.objective
-    if s.representations:
-        teacher = "another"
-    usual_width = ":128" if kind.startswith("convnet") else ":64"
-    wanted = [s.dataset, f"{s.percent:g}", teacher, kind.removesuffix(usual_width), protocol.name]
+    teacher = s.representations or (s.ssl if s.objective == "mse" else s.objective)
+    width = ":128" if architecture.startswith("convnet") else ":64"        # the usual one
+    wanted = [s.dataset, f"{s.percent:g}", teacher, architecture.removesuffix(width), protocol.name]
     path = Path(__file__).with_name(".assets") / "paper_tables.txt"
     means = {}
     for line in path.read_text().splitlines() if path.exists() else []:
-        *made, percent, name, task, mean = line.split()
+        *made, percent, row, task, mean = line.split()
         if made == wanted:
-            means[percent, name, task] = mean
+            means[percent, row, task] = mean
     return means
 
 # ---- Command line -----------------------------------------------------------------------------
@@ -782,12 +734,9 @@ def parse(argv=None):
     """The arguments of a command line."""
     sets = [textwrap.fill(what, 96, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
             for name, (_, what) in SETS.items()]
-    epilog = "\n".join(["sets:", *sets, "", "A set may be given a name, sas=subset:sas.pkl, by",
-                        "which the paper's means are found, and a learning rate for pre-training:",
-                        "random@0.3, or random@mkdt for the learned one."])
     parser = argparse.ArgumentParser(
-        usage="python eval.py SET_DIR [--sets SET ...] [--tasks DATASET ...] [...]", epilog=epilog,
-        description=__doc__, allow_abbrev=False,
+        usage="python eval.py SET_DIR [--sets SET ...] [--tasks DATASET ...] [...]",
+        description=__doc__, epilog="sets:\n" + "\n".join(sets), allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("set_dir", help="the folder of a distilled set, e.g. runs/cifar10/2pct_high_loss")
@@ -795,13 +744,11 @@ def parse(argv=None):
         help=f"what to pre-train on, see below (default: {' '.join(DEFAULT_SETS)})")
     add("--tasks", nargs="+", metavar="DATASET",
         help="what to probe on; all: the seven of Table 1 (default: the run's own data set)")
-    add("--labels", nargs="+", type=float, metavar="PERCENT",
-        help="percentages of the labels (default: 1 5; finetune: 100)")
+    add("--labels", nargs="+", type=float, metavar="PERCENT", help="(default: 1 5; finetune: 100)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--encoders", nargs="+", metavar="NAME",
-        help="of models.ENCODERS, as resnet18 or resnet18:16, or torchvision:vgg11_bn (default: "
-        "the run's student; finetune: convnet_bn)")
-    add("--protocol", choices=list(PROTOCOLS), default="linear",
+        help="resnet18:16, torchvision:vgg11_bn, ... (default: the student; finetune: convnet_bn)")
+    add("--protocol", choices=PROTOCOLS, default="linear",
         help="linear probe, or fine-tuning as Lee et al. (Table 10) (default: linear)")
     add("--paired", nargs="?", const="mkdt", metavar="SET",
         help="add the paired differences of SET and each row (if none is named: mkdt)")
@@ -827,11 +774,11 @@ def open_set(flags):
     where = flags.dataset or s.dataset
     data = load_dataset(where, s.data_dir, s.image_size, s.device, s.train_images)
     run = Run(s, data, set_dir.parent, set_dir, Log(set_dir / "log.jsonl"))
-    if data.images_id != entry["made"]["images"]:
+    made = entry["made"]
+    if data.images_id != made["images"]:
         raise InputError(f"the images of {where} are not those that {set_dir} was made with: say "
                          "where these lie with --dataset")
-    z_id = entry["made"].get("representations")
-    if z_id and z_id != checksum(run.targets):
+    if "representations" in made and made["representations"] != checksum(run.targets):
         raise InputError(f"{set_dir} was made with other representations than those beside it")
     return run
 

@@ -97,7 +97,8 @@ def train_expert(student, loss, order, examples, s, seed, progress):
         if (step + 1) % steps_per_epoch == 0:
             trajectory.append(flat_parameters(student).cpu())  # a copy, not the live weights
         progress(step + 1, loss=value.detach())
-    return torch.stack(trajectory), torch.stack(losses).view(s.expert_epochs, -1).mean(dim=1)
+    losses = torch.stack(losses).view(s.expert_epochs, -1)
+    return torch.stack(trajectory), losses.mean(dim=1)
 
 # ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) ------------------------------
 def loss_per_image(f, thetas, data, z, objective):
@@ -393,8 +394,7 @@ def teacher_stage(run):
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
     steps = s.teacher_epochs * (len(data.train_images) // teacher_batch_size(data, s))
     checkpoint = run.run_dir / "teacher_checkpoint.pt"
-    advice = (f"Lower --teacher-lr (now {s.teacher_lr:g}), and give another --run-dir or delete "
-              f"{checkpoint} if it exists.")
+    advice = f"Lower --teacher-lr (now {s.teacher_lr:g}), and delete {checkpoint} if it exists."
 
     def probe(step):
         """Says how well the teacher does so far, if it can be probed."""
