@@ -385,7 +385,7 @@ def channel_statistics(images):
 
 def cached(data_dir, name, size, read):
     """The path of the .npz `name` in data_dir. If there is none, read(size) makes its arrays."""
-    usual_size = OTHER_SIZES.get(name, 32)
+    usual_size = {"tinyimagenet": 64, "shapes": 24}.get(name, 32)
     suffix = f"-{size}px" if size not in (0, usual_size) else ""
     path = Path(data_dir, f"{name}{suffix}.npz")
     with rank_0_first():
@@ -429,7 +429,7 @@ def share(n, percent, flag):
         raise InputError(f"{flag} {percent:g} is {count} of {n} images: it must be 1 to {n}")
     return count
 
-# ---- Decoding pictures ------------------------------------------------------------------------
+# ---- Pictures and folders of them -------------------------------------------------------------
 def as_people_see_it(image):
     """A PIL image in RGB, 8 bit: turned as its EXIF data say, transparency over white, 16-bit
     grey scaled. Raises ValueError for a mode that has no such form."""
@@ -480,16 +480,14 @@ def decode(splits, size, class_names=(), notes=()):
     arrays.update(mkdt_class_names=np.array(class_names, str), mkdt_notes=np.array(notes, str))
     return arrays
 
-# ---- Folders of images ------------------------------------------------------------------------
-SYSTEM_FILES = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
-
 def list_folder(folder):
     """Sorted files of train/ and test/, relative to `folder`; a checksum with sizes and times."""
+    system_files = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"}
     files, state = [], []
     for split in ("train", "test"):
         found = glob.glob("**", root_dir=folder / split, recursive=True)   # nothing that is hidden
         for path in sorted(Path(split, name) for name in found):
-            if SYSTEM_FILES.isdisjoint(path.parts) and not (folder / path).is_dir():
+            if system_files.isdisjoint(path.parts) and not (folder / path).is_dir():
                 files.append(path)
                 if (folder / path).exists():                   # no dead link
                     stat = (folder / path).stat()
@@ -533,13 +531,12 @@ def fetched(path, *addresses, md5=None):
     return path
 
 def tinyimagenet(data_dir, split):
-    """The validation images are the test split, as everywhere."""
     root = fetched(data_dir / "tinyimagenet/tiny-imagenet-200",
                    "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
                    md5="90528d7ca1a48142e341f4ef8d21d0de")
     train = datasets.ImageFolder(root / "train")
     if split == "train":
-        return train
+        return train                       # the test split is the validation images, as everywhere
     rows = np.loadtxt(root / "val/val_annotations.txt", str, usecols=(0, 1), ndmin=2)
     return [(root / "val/images" / file, train.class_to_idx[name]) for file, name in rows]
 
@@ -629,7 +626,6 @@ OFFICIAL = {
              "stanford_cars/cars_test_annos_withlabels.mat", cars, "train", "test"),
     "shapes": ("", shapes, slice(0, 4000), slice(4000, 8000)),
 }
-OTHER_SIZES = {"tinyimagenet": 64, "shapes": 24}               # in pixels; of all others 32
 
 # ---- Augmentation: a batch at a time, with parameters of its own for every image --------------
 def random_crops(n, size, scale, rng):
@@ -690,8 +686,6 @@ def adjust_hue(images, shift):
         channels.append(value - chroma * torch.minimum(k, 4 - k).clamp(0, 1))
     return torch.stack(channels, 1)
 
-JITTERS = ["brightness", "contrast", "saturation", "hue"]
-
 def augment(images, box, flip, amounts, order, grey):
     """One draw of `draw_augmentations`, applied to images [n, 3, H, H] in [0, 1]; differentiable.
     box, flip: of `resized_crop`. amounts [4, n, 1, 1, 1]: of the jitters. grey: [n, 1, 1, 1]."""
@@ -713,7 +707,7 @@ def draw_augmentations(n, size, seed, device, scale, grey):
         flip = uniform(n) < 0.5
         amounts = (0.8 * uniform(4, n, 1, 1, 1) - 0.4) * (uniform(n, 1, 1, 1) < 0.8)
         is_grey = uniform(n, 1, 1, 1) < grey
-        order = order_rng.permutation(JITTERS)
+        order = order_rng.permutation(["brightness", "contrast", "saturation", "hue"])
         yield partial(augment, box=box, flip=flip, amounts=amounts, order=order, grey=is_grey)
 
 def two_views(images, seed, scale=(0.08, 1.0), grey=0.2):

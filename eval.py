@@ -5,8 +5,7 @@
 
 A set may be given a name, sas=subset:sas.pkl, by which the paper's means are found, and a learning
 rate for pre-training: random@0.3, or random@mkdt for the learned one.
-A seed fixes the encoder's initial weights, the order of its batches and which images are labelled,
-each in a stream of its own and the same for every set, so that differences are paired."""
+A seed fixes the encoder's initial weights, the batches and the labels alike for every set."""
 import argparse
 import copy
 import csv
@@ -26,6 +25,7 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.optim import SGD, Adam
 
 from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_flags, barrier,
                   checksum, command_line, first_line, load, load_dataset,
@@ -38,7 +38,7 @@ from models import (OBJECTIVES, SSL, Compiled, Examples, Run, augmentations_of_n
 def pretrain(net, loss, order, examples, lr, decay, seed, progress):
     """Trains `net` by loss(x, y) on examples(batch, draw) for the (step, batch) of `order`
     (Eq. 9): SGD with momentum 0.9 at a constant learning rate."""
-    optimizer = torch.optim.SGD(net.parameters(), lr, 0.9, weight_decay=decay)
+    optimizer = SGD(net.parameters(), lr, 0.9, weight_decay=decay)
     for step, batch in order:
         x, y = examples(batch, (seed, "pretrain views", step))
         value = loss(x, y)
@@ -48,11 +48,10 @@ def pretrain(net, loss, order, examples, lr, decay, seed, progress):
         progress(step + 1, loss=value.detach())
 
 def pretrain_ssl(net, order, images, data, s, lr, seed, progress):
-    """Trains `net` by the teacher's self-supervised loss on uint8 `images` alone: appendix B's
-    "Random (SSL Pre-training)". Adam with weight decay 1e-6."""
+    """Trains `net` by the teacher's loss on uint8 `images`: "Random (SSL Pre-training)", app. B."""
     head = build(partial(SSL[s.ssl].projector, net.head.out_features), seed, "evaluation projector")
     network = torch.nn.Sequential(net, head).to(images.device)
-    optimizer = torch.optim.Adam(network.parameters(), lr, weight_decay=1e-6)
+    optimizer = Adam(network.parameters(), lr, weight_decay=1e-6)
     for step, batch in order:
         if len(batch) == 1:                # batch norm needs two
             continue
@@ -96,19 +95,18 @@ def linear_scores(net, task, percents, seed, log=None):
         W, b = linear_probe(rows, task.train_labels[chosen], task.classes)
         yield accuracy(test_features @ W.T + b, task.test_labels[known])
 
-FINETUNE_STEPS = {"cifar10": 10_000, "cifar100": 10_000, "tinyimagenet": 10_000}       # else 5,000
+FINETUNE_STEPS = dict.fromkeys(["cifar10", "cifar100", "tinyimagenet"], 10_000)        # else 5,000
 
 def finetune(net, task, chosen, seed, progress):
     """A copy of `net` with a linear layer, trained as a whole on the labelled images `chosen` for
     progress.total steps, as Lee et al. (2023) do: SGD at 0.01 with a cosine to zero, momentum 0.9,
-    weight decay 5e-4, batches of 256, each image shifted by up to four pixels and mirrored or not.
-    It maps normalised images to logits."""
+    weight decay 5e-4, batches of 256; images are shifted by up to four pixels and mirrored."""
     images, labels, steps = task.train_images[chosen], task.train_labels[chosen], progress.total
     net = copy.deepcopy(net).eval()
     d = encode(net.features, images[:1], task.normalize).shape[1]
     net.head = build(partial(torch.nn.Linear, d, task.classes), seed, "fine-tuning head")
     net.to(images.device).train()
-    optimizer = torch.optim.SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    optimizer = SGD(net.parameters(), 0.01, 0.9, weight_decay=5e-4)
     order = batches(len(images), 256, steps, seed, "fine-tuning order", images.device)
     for step, batch in itertools.islice(order, steps):
         draw = stream(seed, "fine-tuning views", step).initial_seed()
@@ -175,8 +173,8 @@ def krr_st(make, images, targets, real, lr, lifetime, progress_of):
     targets = targets.clone().requires_grad_()
     pool = torch.nn.ModuleList(build(make, 0, "krr_st", k, 0) for k in range(10)).to(images.device)
     age = torch.randint(1, lifetime, (len(pool),), generator=stream(0, "krr_st", "ages"))
-    outer = torch.optim.Adam([images, targets])
-    inner = torch.optim.SGD(pool.parameters(), 0.1, 0.9, weight_decay=1e-3)
+    outer = Adam([images, targets])
+    inner = SGD(pool.parameters(), 0.1, 0.9, weight_decay=1e-3)
 
     def learn(k):
         loss = F.mse_loss(pool[k].train()(images.detach()), targets.detach())
@@ -213,7 +211,7 @@ def dm(make, images, data, s, groups, progress_of):
     each iteration, under a fresh encoder of make(), it brings the mean feature of each of `groups`
     groups of them closer to that of 256 real images, equally augmented. progress_of: as above."""
     images = images.clone().requires_grad_()
-    optimizer = torch.optim.SGD([images], 1.0, momentum=0.5)
+    optimizer = SGD([images], 1.0, momentum=0.5)
     progress = progress_of(images=images, optimizer=optimizer)
     for step in range(progress.first_step, progress.total):
         rng = stream(0, "dm", "step", step)
@@ -328,7 +326,7 @@ class Sets:
         self.run = run
         self.mkdt = read_distilled(run.set_dir / "distilled.pt", run.s.device)
         self.order = load(run.set_dir / "init.pt")["order"]
-        self.real_id = checksum(run.data.id, run.targets)
+        self.real_id = checksum(run.data.id, run.targets, len(self.mkdt.images))
         self.load_set = cache(self.load_set)
 
     def get(self, set_name, seed):
@@ -336,8 +334,8 @@ class Sets:
         if set_name.kind == "none":
             return PretrainingSet(None, None, 0.0, self.real_id)
         if set_name.kind == "random":
-            rng = stream(seed, "random subset")
-            found = self.real_subset(torch.randperm(len(self.run.targets), generator=rng))
+            order = torch.randperm(len(self.run.targets), generator=stream(seed, "random subset"))
+            found = self.real_subset(order)._replace(id=self.real_id)      # the seed says which
         else:
             found = self.load_set(set_name)
         lr = found.lr or (1e-3 if set_name.ssl_epochs else self.run.s.pretrain_lr)
@@ -384,9 +382,8 @@ class IndexUnpickler(pickle.Unpickler):
     """Unpickles lists, dicts, numbers and numpy arrays, and refuses everything else."""
 
     def find_class(self, module, name):
-        allowed = ("numpy.ndarray numpy.dtype numpy.scalar numpy._reconstruct numpy._frombuffer "
-                   "_codecs.encode")
-        if f"{module.split('.')[0]}.{name}" not in allowed.split():
+        allowed = "ndarray dtype scalar _reconstruct _frombuffer encode".split()
+        if module.split(".")[0] not in ("numpy", "_codecs") or name not in allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
@@ -523,8 +520,7 @@ class Table:
                            made_of)
 
 def evaluate(run, flags=None):
-    """Computes what results.csv lacks of the table that the flags of eval.py ask for, or of the
-    usual one with paired differences; returns the table and keeps it as results.md."""
+    """Computes what results.csv lacks of the table that `flags` ask for; returns it as Markdown."""
     table = Table(run, flags or parse([str(run.set_dir), "--paired"]))
     path = run.set_dir / "results.csv"
     with rank_0_first():
@@ -552,11 +548,13 @@ def valid_results(table, path):
     if tuple(header) != Line._fields:
         raise InputError(f"{path} is not as this program writes it: move it away to get a new one")
     whole = [Line(*row) for row in rows if len(row) == len(header)]        # a kill can cut one off
-    results = {line[:5]: line for line in whole}
-    dropped = set()
-    for line in table.lines:
-        if results.get(line[:5], line).made_of != line.made_of:
-            dropped.add(results.pop(line[:5]).set)
+    planned = {(line.set, line.task): line.made_of for line in table.lines}
+    results, dropped = {}, set()
+    for line in whole:
+        if planned.get((line.set, line.task), line.made_of) == line.made_of:
+            results[line[:5]] = line
+        else:
+            dropped.add(line.set)
     if dropped:
         print(f"dropped from results.csv, as files or settings differ: {' '.join(sorted(dropped))}")
     after = io.StringIO()
@@ -618,10 +616,9 @@ def pretrained(table, architecture, seed, set_name):
 def distance(run, net):
     """The distance of Eq. 2 of `net` to the teacher on the test images; "" if it never saw them."""
     path = run.run_dir / "representations_test.pt"
-    if run.objective.target != "representations" or not path.exists():
-        return ""
-    teacher = load(path)
-    if teacher["images"] != checksum(run.data.test_images):
+    teacher = load(path) if path.exists() else {}
+    seen = teacher.get("images") == checksum(run.data.test_images)
+    if run.objective.target != "representations" or not seen:
         return ""
     z = encode(net, run.data.test_images, run.data.normalize)
     return run.objective.loss(z, teacher["representations"].to(z.device)).mean().item()
@@ -629,7 +626,7 @@ def distance(run, net):
 @cache                           # compiling takes longer than training
 def encoder_and_loss(architecture, d, size, objective, device, compiled):
     """(an encoder on the device, its loss(x, y)): made once, and trained again and again."""
-    net = encoder(architecture, d, size).to(device).to(memory_format=torch.channels_last)
+    net = encoder(architecture, d, size).to(device, memory_format=torch.channels_last)
     loss = partial(mean_loss, objective, net)
     if compiled:
         loss = Compiled(loss)
@@ -704,8 +701,7 @@ def mean_and_deviation(scores, best):
     return text
 
 def paired_difference(ours, theirs):
-    """Mean of the differences of two {seed: accuracy} over the seeds that both have, ± its
-    standard error if these are three or more; "" for the same set or none."""
+    """Mean difference by seed of two {seed: accuracy}, ± standard error from three on; or ""."""
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if ours is theirs or not differences:
         return ""
@@ -774,16 +770,15 @@ def open_set(flags):
     where = flags.dataset or s.dataset
     data = load_dataset(where, s.data_dir, s.image_size, s.device, s.train_images)
     run = Run(s, data, set_dir.parent, set_dir, Log(set_dir / "log.jsonl"))
-    made = entry["made"]
-    if data.images_id != made["images"]:
+    if data.images_id != entry["made"]["images"]:
         raise InputError(f"the images of {where} are not those that {set_dir} was made with: say "
                          "where these lie with --dataset")
-    if "representations" in made and made["representations"] != checksum(run.targets):
-        raise InputError(f"{set_dir} was made with other representations than those beside it")
+    target = run.objective.target
+    if entry["made"][target] != checksum(run.targets):
+        raise InputError(f"{set_dir} was made with other {target} than those that are there now")
     return run
 
 def main(argv=None):
-    """The command line; see the top of this file."""
     flags = parse(argv)
     with command_line("eval.py"):
         flags.device = start(flags.device)

@@ -39,16 +39,16 @@ from models import (OBJECTIVES, SSL, Compiled, Examples, Run, batches, build, en
                     student_name, teacher_network, two_projections)
 
 # ---- 1. Teacher (Algorithm 1, line 1; Eq. 1 and 6) --------------------------------------------
-def train_teacher(model, optimizer, data, s, progress):
+def train_teacher(model, optimizer, data, batch_size, s, progress):
     """Trains `model`, an encoder and its projection head, by self-supervision (Eq. 6). The ranks
     share each batch; the loss, in float32, is of the projections of all of them."""
     method = SSL[s.ssl]
-    network = model
-    batch_size = teacher_batch_size(data, s)
     steps_per_epoch = len(data.train_images) // batch_size
-    if s.compile is not False and s.device.type == "cuda" and RANKS == 1:
+    on_gpu = s.device.type == "cuda"
+    half = s.bf16 == "on" or (s.bf16 == "auto" and on_gpu)
+    network = model
+    if on_gpu and s.compile is not False and RANKS == 1:
         network = Compiled(model)
-    half = s.bf16 == "on" or (s.bf16 == "auto" and s.device.type == "cuda")
 
     def project(x):
         with torch.autocast(s.device.type, torch.bfloat16, enabled=half):
@@ -69,15 +69,10 @@ def train_teacher(model, optimizer, data, s, progress):
         optimizer.step()
         progress(step + 1, loss=loss.detach())
 
-def teacher_batch_size(data, s):
-    """At most all images, and a multiple of the number of ranks."""
-    return max(RANKS, min(s.teacher_batch, len(data.train_images)) // RANKS * RANKS)
-
 # ---- 2. Experts (Algorithm 1, line 2; Eq. 5 and 7) --------------------------------------------
 def train_expert(student, loss, order, examples, s, seed, progress):
-    """One expert trajectory (Eq. 7): `student` by SGD at a constant learning rate on loss(x, y),
-    the mean of Eq. 5, for s.expert_epochs epochs. MTT-SSL's experts are trained by Adam (A.2).
-    order: the (step, batch) of all epochs. examples(batch, draw) -> x, y.
+    """One expert trajectory (Eq. 7): `student` by SGD at a constant rate on loss(x, y), the mean of
+    Eq. 5, or by Adam for MTT-SSL (A.2). order: all (step, batch). examples(batch, draw) -> x, y.
     Returns theta*_0 .. theta*_T, [T + 1, P] on the CPU, and the mean loss of each epoch."""
     if s.objective == "ssl":
         optimizer = torch.optim.Adam(student.parameters(), s.expert_lr, weight_decay=s.expert_decay)
@@ -122,15 +117,13 @@ def subset(data, targets, chosen):
     """(normalised images [n, 3, H, W], their targets) of the indices `chosen`."""
     return data.normalize(data.train_images[chosen]), targets[chosen]
 
-# make(data, Z_T or labels, indices of all images by loss, how many, a torch.Generator) -> images,
-# normalised, and their targets; by the name of --init.
+# --init: make(data, Z_T or labels, image indices by loss, count, torch.Generator) as in `subset`.
 STARTS = {"high_loss": high_loss, "random": random_images}
 
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) ---------------------------------
 def matching_loss(loss, theta, target, images, lr, steps):
-    """L_DD of Eq. 4 as the paper states it: N steps of Eq. 8 on the distilled images from `theta`,
-    then the distance to `target`, relative to where it began. Arguments as in `matching_gradient`,
-    except loss(theta, x, y). Differentiable in `images` and `lr`, in memory that grows with N."""
+    """L_DD of Eq. 4 as the paper states it: N steps of Eq. 8 on loss(theta, x, y), then the squared
+    distance to `target` relative to the start's. Differentiable, in memory that grows with N."""
     theta_n = theta
     for batch, y in steps:
         gradient = torch.func.grad(loss)(theta_n, images[batch], y)
@@ -184,11 +177,10 @@ def matching_gradient(inner, theta, target, images, lr, steps):
     return (end - target).square().sum() / scale, grad_images, grad_lr
 
 def bound(grad_images, grad_lr, lr, pixel_lr, syn_lr_lr, limit):
-    """The gradients [n, 3, H, W] and [], scaled down where need be, and the number of images that
-    were. Before momentum, SGD at the rates pixel_lr and syn_lr_lr then moves no image by more than
-    `limit` (root mean square, in standard deviations), and the learned rate `lr` by no more than
-    that share of itself; 0: no bound. This is not in the paper: one start at t = 0 can have
-    gradients hundreds of times the usual ones, which would ruin the images at once."""
+    """The gradients [n, 3, H, W] and [], scaled down where need be, and of how many images. Before
+    momentum, SGD at the rates pixel_lr and syn_lr_lr then moves no image by more than `limit` (root
+    mean square, in standard deviations) and `lr` by no more than that share; 0: no bound. Not in
+    the paper: a start at t = 0 can have gradients hundreds of times the usual, which ruin images."""
     limit = limit or float("inf")
     rms = pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()     # [n, 1, 1, 1]
     scale = (limit / rms).clamp(max=1)
@@ -379,12 +371,13 @@ def settings_of(s, stage):
 def teacher_stage(run):
     """teacher.pt, representations.pt: Z_T [n, d], representations_test.pt."""
     s, data = run.s, run.data
+    n = len(data.train_images)
     path = run.run_dir / "representations.pt"
     if path.exists() or run.objective.target != "representations":
         return
     if s.representations:
         record(run, "teacher")
-        save(path, read_representations(s.representations, len(data.train_images)))
+        save(path, read_representations(s.representations, n))
         return
     f_T = build(partial(teacher_network, s, data.image_size), s.seed, "teacher")
     head = build(partial(SSL[s.ssl].projector, f_T.feature_dim), s.seed, "projector")
@@ -392,7 +385,8 @@ def teacher_stage(run):
     if RANKS > 1 and s.device.type == "cuda":                  # torch cannot do this on CPUs
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     optimizer = torch.optim.Adam(model.parameters(), s.teacher_lr, weight_decay=s.teacher_decay)
-    steps = s.teacher_epochs * (len(data.train_images) // teacher_batch_size(data, s))
+    batch_size = max(RANKS, min(s.teacher_batch, n) // RANKS * RANKS)      # as many for each rank
+    steps = s.teacher_epochs * (n // batch_size)
     checkpoint = run.run_dir / "teacher_checkpoint.pt"
     advice = f"Lower --teacher-lr (now {s.teacher_lr:g}), and delete {checkpoint} if it exists."
 
@@ -407,7 +401,7 @@ def teacher_stage(run):
     progress = Progress("teacher", steps, run.log, checkpoint, advice, max(1, steps // 3),
                         probe if data.labelled else None, model=model, optimizer=optimizer,
                         **identity(run, "teacher"))
-    train_teacher(model, optimizer, data, s, progress)
+    train_teacher(model, optimizer, data, batch_size, s, progress)
     if RANK == 0:                          # on CPUs each rank has a batch norm of its own
         save_teacher(run, model[0].eval())
         checkpoint.unlink(missing_ok=True)
@@ -531,22 +525,15 @@ def distill_stage(run):
               f"{s.syn_lr_lr:g}), or bound the steps with --clip (now {s.clip:g}).")
     progress = Progress("distill", s.iterations, run.log, run.set_dir / "distill_checkpoint.pt",
                         advice, 1000, keep, images=syn.images, lr=syn.lr, optimizer=optimizer)
-    if progress.first_step > s.iterations:
-        raise InputError(f"distillation has done {progress.first_step} iterations already: give "
-                         f"--iterations {progress.first_step} or more, or another --name")
     targets_of = Examples(syn.images, syn.targets, data, s).y
     distill(inner, experts, syn, optimizer, targets_of, s, progress)
-    draw_images(run, syn)
-    record(run, "set")
-    keep(s.iterations, path)                                   # last: the stage is done
-
-def draw_images(run, syn):
-    """SET/distilled.png: ten images as they began, above the same distilled."""
-    pairs = torch.cat([syn.initial[:10], syn.images[:10]])
-    tiles = run.data.denormalize(pairs).clamp(0, 1)
+    pairs = torch.cat([syn.initial[:10], syn.images[:10]])     # ten images, before and after
+    tiles = data.denormalize(pairs).clamp(0, 1)
     zoomed = torch.nn.functional.interpolate(tiles, scale_factor=3)
     with whole_file(run.set_dir / "distilled.png") as file:
         save_image(make_grid(zoomed, len(pairs) // 2, pad_value=1), file, format="png")
+    record(run, "set")
+    keep(max(s.iterations, progress.first_step), path)         # last: the stage is done
 
 def eval_stage(run):
     """SET/results.csv, results.md: the distilled set and its baselines but for the full data."""
@@ -607,18 +594,15 @@ def identity(run, section):
     for stage in MADE_BY[section]:
         made.update(settings_of(s, stage))
     made.pop("iterations", None)
-    if run.objective.target == "labels":
-        made["labels"] = checksum(run.data.train_labels)
-    elif run.objective.target == "representations" and section != "teacher":
-        made["representations"] = checksum(run.targets)
+    if section != "teacher":
+        made[run.objective.target] = checksum(run.targets)
     elif s.representations:
         z = read_representations(s.representations, len(run.data.train_images))
         made["representations"] = checksum(z)
     return made
 
 def check(run, stages):
-    """Raises InputError if what the stages build on, or what they made before, was made with other
-    settings, or if they would make something again that later results are built on."""
+    """Raises InputError if the stages would build on, or go on with, results of other settings."""
     sections = [section for section in FILES
                 if section != "teacher" or run.objective.target == "representations"]
     wanted = {stage if stage in FILES else "set" for stage in stages}
@@ -651,8 +635,7 @@ def refuse(run, section, reason):
                      f"or delete {' '.join(files)}")
 
 def record(run, section):
-    """Writes how a section is made into config.json, just before its first result is saved; later,
-    with what settings it is used."""
+    """Writes into config.json how a section is made, before its first result, and the settings."""
     path = folder_of(run, section) / "config.json"
     entries = read_config(path)
     if not existing(run, section):
@@ -677,8 +660,7 @@ def execute(run, stages):
     run.set_dir.mkdir(parents=True, exist_ok=True)
     for stage in stages:
         told = "  ".join(f"{name}={value}" for name, value in settings_of(run.s, stage).items())
-        print(textwrap.fill(f"{stage}: {told}", 100, subsequent_indent="    ",
-                            break_on_hyphens=False), flush=True)
+        print(textwrap.fill(f"{stage}: {told}", 100, subsequent_indent="    "), flush=True)
         STAGES[stage](run)
         barrier()
 
@@ -695,8 +677,7 @@ FIGURE_1_COMMON = dict(percent=1.0, init="random", expert_epochs=7, max_start_ep
                        pixel_lr=1000.0, iterations=100, same_start=1)
 
 def figure1_stage(args, given, run):
-    """Figure 1 of the paper for the data and the teacher of `run`: figure1/figure1.csv, and .png
-    with matplotlib. Each of its systems is a run of its own below figure1/."""
+    """figure1/figure1.csv, and .png with matplotlib. Each system is a run of its own in there."""
     root = run.run_dir / "figure1"
     panels = {"gradient noise": {}, "trajectory variance": {}, "loss": {}, "moved": {}}
     for name, system in FIGURE_1.items():
@@ -724,17 +705,18 @@ def figure1_stage(args, given, run):
             panels["trajectory variance"][name] = list(enumerate(variance.tolist()))[1:]
         for panel in ("loss", "moved"):
             panels[panel][name] = logged(own, panel)
-    lines = ["panel,system,x,y"]
+    text = "panel,system,x,y\n"
     for panel, systems in panels.items():
         for name, points in systems.items():
-            lines += [f"{panel},{name},{x},{y}" for x, y in points]
-    save_text(root / "figure1.csv", "\n".join([*lines, ""]))
+            for x, y in points:
+                text += f"{panel},{name},{x},{y}\n"
+    save_text(root / "figure1.csv", text)
     draw_plot(root / "figure1.png", panels)
     print(f"figure1: {root}/figure1.csv")
 
 def gradient_noise(gradient, theta, examples, n, seed, batch_size=256, count=32):
-    """tr Cov(g_B) / |E g_B|^2 of the mini-batch gradient at theta [P]: what Theorem 4.1 is about,
-    without a scale. From `count` batches of n images; both parts are estimated without bias."""
+    """tr Cov(g_B) / |E g_B|^2 of the mini-batch gradient at theta [P], as in Theorem 4.1, from
+    `count` batches of n images. Both parts are estimated without bias."""
     gradients = []
     for k in range(count):
         batch = torch.randperm(n, generator=stream(seed, "gradient noise", k))[:batch_size]
@@ -798,9 +780,9 @@ def parse(argv=None):
             group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=argparse.SUPPRESS,
                                metavar=kind.__name__.upper(),
                                help=f"{setting.help}{choices} (default: {setting.default})")
-    args = vars(parser.parse_args(argv))
-    given = {name: args.pop(name) for name in ALL_SETTINGS if name in args}
-    return argparse.Namespace(**args), given
+    args = parser.parse_args(argv)
+    given = {name: value for name, value in vars(args).items() if name in ALL_SETTINGS}
+    return args, given
 
 def main(argv=None):
     args, given = parse(argv)

@@ -1,11 +1,5 @@
 """Networks and losses of MKDT (Joshi, Ni & Mirzasoleiman, ICLR 2025). To try an idea, write a
-function or a class and add it to the dict of its kind.
-
-    ENCODERS        ConvNet, the student of section 5; ResNet-10/18, the teacher and Table 5
-    SSL             what a teacher learns by: Barlow Twins (Eq. 1) or SimCLR (Table 6)
-    OBJECTIVES      what a student minimises: Eq. 5; cross-entropy and SimCLR's loss for Figure 1
-    functional      a network as a function of one flat parameter vector theta
-    Run             a run's settings, its data and where its files lie"""
+function or a class and add it to the dict of its kind: ENCODERS, SSL or OBJECTIVES."""
 import hashlib
 import json
 import math
@@ -206,7 +200,6 @@ def warmup_cosine(step, steps, per_epoch, peak):
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 class SSLMethod(NamedTuple):
-    """What a teacher learns by."""
     loss: Callable                         # (z1, z2, settings) -> a number
     projector: Callable                    # the encoder's dimension -> the head that makes z
     schedule: Callable                     # (step, steps, steps an epoch, peak) -> learning rate
