@@ -180,7 +180,7 @@ def bound(grad_images, grad_lr, lr, pixel_lr, syn_lr_lr, limit):
     """The gradients [n, 3, H, W] and [], scaled down where need be, and of how many images. Before
     momentum, SGD at the rates pixel_lr and syn_lr_lr then moves no image by more than `limit` (root
     mean square, in standard deviations) and `lr` by no more than that share; 0: no bound. Not in
-    the paper: a start at t = 0 can have gradients hundreds of times the usual, which ruin images."""
+    the paper: a start at t = 0 can have gradients hundreds of times the usual, and ruin images."""
     limit = limit or float("inf")
     rms = pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()     # [n, 1, 1, 1]
     scale = (limit / rms).clamp(max=1)
