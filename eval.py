@@ -774,7 +774,7 @@ def open_set(flags):
         raise InputError(f"the images of {where} are not those that {set_dir} was made with: say "
                          "where these lie with --dataset")
     target = run.objective.target
-    if entry["made"][target] != checksum(run.targets):
+    if entry["made"].get(target) != checksum(run.targets):
         raise InputError(f"{set_dir} was made with other {target} than those that are there now")
     return run
 
