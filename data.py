@@ -338,7 +338,7 @@ def load_dataset(name, data_dir="data", image_size=0, device="cpu", train_images
     return Dataset(title, *[tensor.to(device) for tensor in tensors], *ids, source=name)
 
 def number_classes(name, arrays):
-    """Renumbers labels from 0 on, in place. Raises InputError if only the test has some class."""
+    """Renumbers labels from 0, in place. Raises InputError if a class is only in the test split."""
     train, test = arrays["train_labels"], arrays["test_labels"]
     names = arrays["mkdt_class_names"]
     if (train < 0).all():
@@ -362,7 +362,7 @@ def summary(title, arrays):
     counts = np.bincount(labels[labels >= 0])
     kinds = f"{len(counts)} classes"
     if len(counts) < 2:
-        kinds = "at most one class, which count as unlabelled"
+        kinds = "at most one class, so unlabelled"
     elif 0 < len(names) <= 10:
         kinds += f" ({', '.join(f'{name} {count}' for name, count in zip(names, counts))})"
     text = f"{title}: {len(labels):,} training images of {kinds}"
@@ -423,10 +423,10 @@ def read_npz(path):
     return arrays
 
 def share(n, percent, flag):
-    """How many that percentage of n images is. Raises InputError unless it is 1 to n."""
+    """How many images `percent` of n is. Raises InputError unless that is 1 to n."""
     count = math.floor(n * percent / 100 + 1e-9)
     if not 1 <= count <= n:
-        raise InputError(f"{flag} {percent:g} is {count} of {n} images: it must be 1 to {n}")
+        raise InputError(f"{flag} {percent:g} is {count} of {n} images: give 1 to {n} images")
     return count
 
 # ---- Pictures and folders of them -------------------------------------------------------------
@@ -446,7 +446,7 @@ def as_people_see_it(image):
 
 def decode(splits, size, class_names=(), notes=()):
     """The arrays of {"train": pairs, "test": pairs}: sequences of (path or PIL image, label).
-    Squashes to `size` by Lanczos; leaves out what is no image. InputError if one is broken."""
+    Squashes to `size` by Lanczos; leaves out what is not an image. InputError if one is broken."""
     from PIL import Image, UnidentifiedImageError
     suffixes = Image.registered_extensions()
     arrays, broken, left_out = {}, [], []
@@ -503,7 +503,7 @@ def read_folder(folder, files, size):
         if label >= 0 or not names:
             splits[path.parts[0]].append((folder / path, label))
     if not splits["train"]:
-        raise InputError(f"{folder}: there are no images in train/ or in class folders below it")
+        raise InputError(f"{folder}: no images in train/, or none in the class folders there")
     notes = []
     loose = len(files) - len(splits["train"]) - len(splits["test"])
     if loose:
@@ -697,8 +697,8 @@ def augment(images, box, flip, amounts, order, grey):
 def draw_augmentations(n, size, seed, device, scale, grey):
     """Yields two draws from A of Eq. 1 for n images of `size` pixels, as in mix-bt, cited in A.1:
     random resized crop (share of the area in `scale`), flip (p 0.5), jitter of brightness,
-    contrast, saturation (0.4) and hue (0.1; all p 0.8), grey (p `grey`). Each image has its own
-    parameters, but the order of the jitters is the batch's. All follow from `seed`."""
+    contrast, saturation (0.4) and hue (0.1), all or none (p 0.8), grey (p `grey`). Parameters are
+    each image's own, but the order of the jitters is the batch's. All follow from `seed`."""
     rng = torch.Generator(device).manual_seed(seed)
     order_rng = np.random.default_rng(seed)
     uniform = partial(torch.rand, device=device, generator=rng)

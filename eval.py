@@ -129,10 +129,10 @@ def finetuned_scores(net, task, percents, seed, log):
         yield accuracy(logits, task.test_labels[known])
 
 class Protocol(NamedTuple):
-    """How an encoder is judged, and what is usual then; "" or 0 is what the run itself has."""
+    """How an encoder is judged, and its defaults; "" or 0: those of the run."""
     name: str
     scores: Callable                       # (encoder, task, shares, seed, log) -> accuracies
-    labels: list                           # their shares, in percent
+    labels: list                           # percentages of them
     encoder: str
     epochs: int                            # of pre-training
     decay: float                           # weight decay of pre-training
@@ -313,7 +313,7 @@ def parse_set(text):
 
 class PretrainingSet(NamedTuple):
     """What an encoder is pre-trained on. images: [n, 3, H, W], normalised or uint8, or None for no
-    pre-training. targets: those of `Examples`. lr: the learned rate, or None. id: a checksum."""
+    pre-training. targets: those of `Examples`. lr: the rate; None: not known. id: a checksum."""
     images: torch.Tensor
     targets: torch.Tensor
     lr: float
@@ -356,7 +356,7 @@ class Sets:
             return PretrainingSet(run.data.train_images, run.targets, None, self.real_id)
         if kind == "high_loss":
             if self.order is None:
-                raise InputError(f"high_loss needs a teacher, which {run.s.objective} has not")
+                raise InputError(f"high_loss needs a teacher, which {run.s.objective} lacks")
             return self.real_subset(self.order)
         if kind == "subset":
             total = len(run.data.train_images)
@@ -375,7 +375,7 @@ class Sets:
             path = baseline_file(run, set_name, n)
         found = read_distilled(path, run.s.device)
         if kind == "distilled" and found.lr is None and not set_name.rate:
-            print(f"{set_name.row}: no learned rate, so at --pretrain-lr {run.s.pretrain_lr:g}")
+            print(f"{set_name.row}: no learned rate, so at {run.s.pretrain_lr:g}; or add @RATE")
         return found
 
 class IndexUnpickler(pickle.Unpickler):
@@ -428,9 +428,9 @@ def read_distilled(path, device):
         raise InputError(f"{path}: expected finite images [n, 3, H, H], with targets [n, d] or [n]")
     if lr is not None and not 0 < lr < math.inf:
         raise InputError(f"{path}: its learned rate is {lr}")
-    dtype = torch.long if targets.dim() == 1 else torch.float
-    return PretrainingSet(images.detach().to(device, torch.float),
-                          targets.detach().to(device, dtype), lr, checksum(images, targets))
+    images = images.detach().to(device, torch.float)
+    targets = targets.detach().to(device, torch.long if targets.dim() == 1 else torch.float)
+    return PretrainingSet(images, targets, lr and float(lr), checksum(images, targets))
 
 # ---- Results: what is asked for, and the lines of results.csv ---------------------------------
 TASKS = "cifar10 tinyimagenet cifar100 aircraft cub2011 dogs flowers".split()          # of Table 1
@@ -490,7 +490,7 @@ class Table:
         elif s.train_images:               # a task has all of its labels
             task = load_dataset(task.source, s.data_dir, s.image_size, s.device)
         if not task.labelled:
-            raise InputError("it has no labels to probe with in both splits")
+            raise InputError("a probe needs test labels, and two classes or more")
         if task.name in self.tasks:
             raise InputError(f"there is another task called {task.name}")
         count = int((task.train_labels >= 0).sum())
@@ -513,7 +513,7 @@ class Table:
         how = f"{architecture}, {self.protocol.name}, {s.pretrain_epochs} epochs"
         rate = str(chosen.lr or "")
         for task, shares in self.tasks.values():
-            made_of = checksum(chosen.id, chosen.lr, set_name.ssl_epochs, s.pretrain_batch,
+            made_of = checksum(chosen.id, chosen.lr, set_name.ssl_epochs, s.pretrain_batch, s.ssl,
                                s.objective, task.id)
             for percent in shares:
                 yield Line(set_name.row, how, task.name, f"{percent:g}", str(seed), rate, "", "",
@@ -536,13 +536,13 @@ def evaluate(run, flags=None):
         run.log("eval", done, len(missing), 1 / (time.monotonic() - began),
                 f"{set_name.row}, seed {seed}, {architecture}", **scores)
     barrier()                              # until every rank has written
-    text = print_table(table, valid_results(table, path))
+    text = table_text(table, valid_results(table, path))
     save_text(run.set_dir / "results.md", text)
     return text
 
 def valid_results(table, path):
     """{the first five fields: Line} of results.csv, to which several processes may append lines.
-    Those that this table would make of other files or settings are dropped, and reported."""
+    Lines whose files or settings have changed since are dropped, and reported."""
     before = path.read_text(encoding="utf-8") if path.exists() else ""
     header, *rows = csv.reader(before.splitlines() or [",".join(Line._fields)])
     if tuple(header) != Line._fields:
@@ -567,7 +567,7 @@ def compute(table, architecture, seed, set_name):
     """Yields the lines of one pre-training on each task; what fails is left out, and reported."""
     try:
         net, mse = pretrained(table, architecture, seed, set_name)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:             # each network has its own
         table.leave_out(set_name.row, error)
         return
     planned = table.jobs[architecture, seed, set_name]
@@ -577,7 +577,7 @@ def compute(table, architecture, seed, set_name):
             scores = table.protocol.scores(net, task, shares, seed, table.run.log)
             for line, score in zip(lines, scores):
                 yield line._replace(accuracy=str(score), mse=str(mse))
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:
             table.leave_out(f"{set_name.row} on {task.name}", error)
 
 def pretrained(table, architecture, seed, set_name):
@@ -586,10 +586,11 @@ def pretrained(table, architecture, seed, set_name):
     chosen = table.sets.get(set_name, seed)
     usual = run.objective, run.out_dim, run.data.image_size
     objective, d, size = usual
-    if chosen.images is not None and chosen.targets.numel() > 0:           # made elsewhere?
-        size, d, other = chosen.images.shape[-1], chosen.targets.shape[-1], OBJECTIVES["mse"]
-        if chosen.targets.dim() == 1:
-            d, other = int(chosen.targets.max()) + 1, OBJECTIVES["ce"]
+    if chosen.images is not None:                              # it may have been made elsewhere
+        size, targets = chosen.images.shape[-1], chosen.targets
+        d, other = targets.shape[-1] or 128, OBJECTIVES["mse" if targets.numel() else "ssl"]
+        if targets.dim() == 1:
+            d, other = int(targets.max()) + 1, OBJECTIVES["ce"]
         if objective.target != other.target:
             objective = other
     net, loss = encoder_and_loss(architecture, d, size, objective, s.device, run.can_compile)
@@ -614,7 +615,7 @@ def pretrained(table, architecture, seed, set_name):
     return net, distance(run, net) if comparable else ""
 
 def distance(run, net):
-    """The distance of Eq. 2 of `net` to the teacher on the test images; "" if it never saw them."""
+    """Eq. 2's distance of `net` to the teacher on the test images; "" if that never saw these."""
     path = run.run_dir / "representations_test.pt"
     teacher = load(path) if path.exists() else {}
     seen = teacher.get("images") == checksum(run.data.test_images)
@@ -628,12 +629,12 @@ def encoder_and_loss(architecture, d, size, objective, device, compiled):
     """(an encoder on the device, its loss(x, y)): made once, and trained again and again."""
     net = encoder(architecture, d, size).to(device, memory_format=torch.channels_last)
     loss = partial(mean_loss, objective, net)
-    if compiled:
+    if compiled and objective.target != "views":
         loss = Compiled(loss)
     return net, loss
 
 # ---- Printing the table -----------------------------------------------------------------------
-def print_table(table, results):
+def table_text(table, results):
     """results.md: a table for each encoder. A row for each share of labels and set, a column for
     each task: percent correct, mean ± standard deviation over seeds, the best in bold. Beside it
     the paper's mean, if the paper has such a table, and the difference of the set `paired`."""
@@ -656,7 +657,7 @@ def print_table(table, results):
         for cells in rows:
             text += f"| {' | '.join(cells)} |\n"
         text += "\n"
-    text += "Percent correct: mean ± standard deviation over seeds; best but full in bold.\n"
+    text += "Percent correct: mean ± standard deviation over seeds; best except full in bold.\n"
     if table.paired:
         text += (f"{table.paired} - row: mean difference, paired by seed, ± its standard error "
                  "where there are three seeds or more (with three it is rough).\n")
@@ -727,7 +728,6 @@ def paper_means(run, architecture, protocol):
 
 # ---- Command line -----------------------------------------------------------------------------
 def parse(argv=None):
-    """The arguments of a command line."""
     sets = [textwrap.fill(what, 96, initial_indent=f"  {name:<11}", subsequent_indent=" " * 13)
             for name, (_, what) in SETS.items()]
     parser = argparse.ArgumentParser(
@@ -740,7 +740,7 @@ def parse(argv=None):
         help=f"what to pre-train on, see below (default: {' '.join(DEFAULT_SETS)})")
     add("--tasks", nargs="+", metavar="DATASET",
         help="what to probe on; all: the seven of Table 1 (default: the run's own data set)")
-    add("--labels", nargs="+", type=float, metavar="PERCENT", help="(default: 1 5; finetune: 100)")
+    add("--labels", nargs="+", type=float, metavar="P", help="percent (default: 1 5, finetune 100)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--encoders", nargs="+", metavar="NAME",
         help="resnet18:16, torchvision:vgg11_bn, ... (default: the student; finetune: convnet_bn)")

@@ -97,7 +97,7 @@ def train_expert(student, loss, order, examples, s, seed, progress):
 
 # ---- 3. Initial distilled set (Algorithm 1, line 3; section 4.2) ------------------------------
 def loss_per_image(f, thetas, data, z, objective):
-    """The loss of section 4.2 of each training image, [n]: between f(theta, image) and its row of
+    """Each training image's loss (section 4.2), [n]: between f(theta, image) and its row of
     Z_T, z [n, d], averaged over the experts' weights `thetas` [P] after their first epoch."""
     losses = []
     for theta in thetas:
@@ -117,7 +117,7 @@ def subset(data, targets, chosen):
     """(normalised images [n, 3, H, W], their targets) of the indices `chosen`."""
     return data.normalize(data.train_images[chosen]), targets[chosen]
 
-# --init: make(data, Z_T or labels, image indices by loss, count, torch.Generator) as in `subset`.
+# --init: (data, Z_T or labels, indices by loss (None without Z_T), count, rng) -> as of `subset`.
 STARTS = {"high_loss": high_loss, "random": random_images}
 
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) ---------------------------------
@@ -177,10 +177,10 @@ def matching_gradient(inner, theta, target, images, lr, steps):
     return (end - target).square().sum() / scale, grad_images, grad_lr
 
 def bound(grad_images, grad_lr, lr, pixel_lr, syn_lr_lr, limit):
-    """The gradients [n, 3, H, W] and [], scaled down where need be, and of how many images. Before
-    momentum, SGD at the rates pixel_lr and syn_lr_lr then moves no image by more than `limit` (root
-    mean square, in standard deviations) and `lr` by no more than that share; 0: no bound. Not in
-    the paper: a start at t = 0 can have gradients hundreds of times the usual, and ruin images."""
+    """The gradients [n, 3, H, W] and [], scaled down where need be; the number of images that were.
+    Before momentum, SGD at pixel_lr and syn_lr_lr then moves no image by more than `limit` (root
+    mean square, in standard deviations), and `lr` by no more than `limit` of itself; 0: no bound.
+    Not in the paper: a start at t = 0 can have gradients hundreds of times larger than usual."""
     limit = limit or float("inf")
     rms = pixel_lr * grad_images.square().mean((1, 2, 3), keepdim=True).sqrt()     # [n, 1, 1, 1]
     scale = (limit / rms).clamp(max=1)
@@ -237,7 +237,7 @@ def distill(inner, experts, syn, optimizer, targets_of, s, progress):
         progress(iteration + 1, loss=loss / RANKS, lr=syn.lr.clone(), bounded=bounded, moved=moved)
 
 # ---- Settings: each is a flag of the command line and is kept in config.json -------------------
-# The defaults are the paper's for CIFAR-10 at 2%, but for expert_epochs (20) and clip (0).
+# The defaults are the paper's for CIFAR-10 at 2%, but for expert_epochs (there 20), clip (none).
 class Setting(NamedTuple):
     default: object
     help: str
@@ -260,7 +260,8 @@ SETTINGS = {
         "teacher_lr": Setting(0.01, "peak learning rate of Adam (simclr: 0.001, constant)"),
         "teacher_decay": Setting(1e-6, "weight decay of Adam"),
         "lambd": Setting(1 / 128, "lambda, the weight of Eq. 1's off-diagonals", not_for="simclr"),
-        "temperature": Setting(0.5, "temperature of SimCLR's loss", 1e-6, not_for="barlow"),
+        "temperature": Setting(0.5, "temperature of SimCLR's loss, the teacher's only", 1e-6,
+                               not_for="barlow"),
         "crop_scale": Setting(0.08, "smallest share of an image that a random crop keeps", 1e-6, 1),
         "grey": Setting(0.2, "probability that a view is made grey", 0, 1),
         "max_pool": Setting(0, "1: the teacher's stem ends in max-pooling (TinyImageNet)", 0, 1),
@@ -269,7 +270,7 @@ SETTINGS = {
     },
     "experts": {
         "objective": Setting("mse", "what students minimise (ce: MTT's)", choices=OBJECTIVES),
-        "student": Setting("convnet", "the student, a name in models.ENCODERS"),
+        "student": Setting("convnet", "the student, a name in models.ENCODERS, without a width"),
         "width": Setting(128, "channels of the student", 1),
         "expert_epochs": Setting(7, "epochs of training; none after T+ + M is ever read", 1),
         "expert_lr": Setting(0.1, "learning rate of SGD"),
@@ -279,7 +280,7 @@ SETTINGS = {
         "same_start": Setting(0, "1: all experts begin with the same weights (Figure 1)", 0, 1),
     },
     "init": {
-        "experts": Setting(100, "K, the number of expert trajectories; may be raised later", 1),
+        "experts": Setting(100, "K, the number of expert trajectories; more: another --name", 1),
         "init": Setting("high_loss", "the initial images", choices=STARTS),
         "percent": Setting(2.0, "size of the distilled set, in percent of the images", 0, 100),
     },
@@ -292,7 +293,7 @@ SETTINGS = {
         "syn_lr_lr": Setting(1e-4, "learning rate of SGD on alpha_syn"),
         "syn_momentum": Setting(0.5, "momentum of both"),
         "syn_batch": Setting(256, "distilled images a step", 1),
-        "clip": Setting(0.1, "bound on an iteration's step of images and of alpha_syn; 0: none"),
+        "clip": Setting(0.1, "bound on how far an iteration moves images, alpha_syn; 0: none"),
         "iterations": Setting(5000, "S, distillation iterations; may be raised later", 1),
     },
     "eval": {
@@ -391,7 +392,6 @@ def teacher_stage(run):
     advice = f"Lower --teacher-lr (now {s.teacher_lr:g}), and delete {checkpoint} if it exists."
 
     def probe(step):
-        """Says how well the teacher does so far, if it can be probed."""
         model.eval()
         with contextlib.suppress(ValueError):      # too few labels, or features are not finite
             accuracy, = linear_scores(model[0], data, [5], s.seed)
@@ -424,7 +424,7 @@ def read_representations(path, n):
     try:
         z = np.load(path) if path.endswith(".npy") else load(path)
         z = torch.as_tensor(z).detach().float()
-    except (OSError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:             # numpy, zip and torch each have their own
         raise InputError(f"--representations {path}: expected a .npy or .pt file with an array "
                          f"[n, d] of numbers ({first_line(error)})") from error
     check_representations(z, n, f"--representations {path}")
@@ -511,7 +511,6 @@ def distill_stage(run):
     experts = load_experts(run, s.experts)
 
     def keep(iteration, path=None):
-        """Writes the set as it is after so many iterations, as a snapshot or to `path`."""
         save(path or run.set_dir / f"distilled_{iteration:05d}.pt",
              {"images": syn.images.cpu(), "targets": init["targets"], "lr": syn.lr.item(),
               "iterations": iteration, "mean": data.mean.flatten().cpu(),
@@ -609,20 +608,20 @@ def check(run, stages):
     for position, section in enumerate(sections):
         for later in sections[position + 1:]:
             if section in wanted and not existing(run, section) and existing(run, later):
-                refuse(run, later, "was made before the results that it builds on")
+                refuse(run, later, "made before the results that it builds on")
         if not existing(run, section) or wanted.isdisjoint(sections[position:]):
             continue
         folder = folder_of(run, section)
         entry = read_config(folder / "config.json").get(section)
         if entry is None:
-            refuse(run, section, "is not described in config.json")
+            refuse(run, section, "not described in config.json")
         then, now = entry["made"], identity(run, section)
         differences = [f"{name} {then.get(name)} -> {now.get(name)}" for name in {**then, **now}
                        if then.get(name) != now.get(name)]
         if differences:
-            refuse(run, section, f"was made with other settings ({', '.join(differences)})")
+            refuse(run, section, f"made with other settings ({', '.join(differences)})")
         if entry["code"] != code_version():
-            print(f"note: the {section} in {folder} was made by other code")
+            print(f"note: other code made the {section} in {folder}")
 
 def refuse(run, section, reason):
     """Raises InputError: a section cannot be used, for this reason; and what can be done."""
@@ -631,8 +630,8 @@ def refuse(run, section, reason):
     for later in sections[sections.index(section):]:
         files += existing(run, later)
     flag = "--name" if section == "set" else "--run-dir"
-    raise InputError(f"the {section} in {folder_of(run, section)} {reason}. Give another {flag}, "
-                     f"or delete {' '.join(files)}")
+    raise InputError(f"cannot use the {section} in {folder_of(run, section)}, {reason}. Give "
+                     f"another {flag}, or delete {' '.join(files)}")
 
 def record(run, section):
     """Writes into config.json how a section is made, before its first result, and the settings."""
@@ -715,8 +714,7 @@ def figure1_stage(args, given, run):
     print(f"figure1: {root}/figure1.csv")
 
 def gradient_noise(gradient, theta, examples, n, seed, batch_size=256, count=32):
-    """tr Cov(g_B) / |E g_B|^2 of the mini-batch gradient at theta [P], as in Theorem 4.1, from
-    `count` batches of n images. Both parts are estimated without bias."""
+    """tr Cov(g_B) / |E g_B|^2 of the gradient at theta [P]; nan where noise hides the mean."""
     gradients = []
     for k in range(count):
         batch = torch.randperm(n, generator=stream(seed, "gradient noise", k))[:batch_size]
@@ -725,7 +723,7 @@ def gradient_noise(gradient, theta, examples, n, seed, batch_size=256, count=32)
     gradients = torch.stack(gradients)                                     # [count, P]
     covariance = float(gradients.var(dim=0).sum())
     mean_square = float(gradients.mean(dim=0).square().sum()) - covariance / count
-    return covariance / max(mean_square, 1e-30)
+    return covariance / mean_square if mean_square > 0 else float("nan")
 
 def logged(run, name):
     """[(iteration, value), ...] of a quantity in the log of distillation, the latest of each."""
@@ -768,7 +766,7 @@ def parse(argv=None):
         "with train/ and test/ inside, or an .npz file (default: cifar10)")
     add("--run-dir", help="where results go (default: runs/DATASET)")
     add("--name", help="the distilled set's folder in it (default: 2pct_high_loss or the like)")
-    add("--seed", type=int, default=0, help="fixes every random draw (default: 0)")
+    add("--seed", type=int, default=0, help="of all stages but eval (default: 0)")
     add("--log-seconds", type=float, default=10.0, help="between progress lines (default: 10)")
     add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
     add_common_flags(parser)
@@ -788,6 +786,8 @@ def main(argv=None):
     args, given = parse(argv)
     with command_line("mkdt.py"):
         check_settings(given)
+        if args.stage == "figure1":        # its systems have objectives of their own
+            given.update(objective="mse", init="random")
         args.device = start(args.device)
         run = open_run(args, given)
         execute(run, {"all": list(STAGES), "figure1": ["teacher"]}.get(args.stage, [args.stage]))

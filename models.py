@@ -191,7 +191,7 @@ def simclr_projector(d):
                          nn.Linear(d, 128), nn.BatchNorm1d(128))
 
 def warmup_cosine(step, steps, per_epoch, peak):
-    """The learning rate: linear for 10 epochs (10% of short runs), then a cosine to peak / 1000."""
+    """The learning rate: linear for 10 epochs, at most 10% of the steps; then a cosine to 0.1%."""
     warmup = min(10 * per_epoch, max(1, steps // 10))
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -379,5 +379,5 @@ def read_config(path):
     try:
         return dict(json.loads(path.read_text())) if path.exists() else {}
     except (OSError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no config.json ({first_line(error)}): restore it, or delete "
+        raise InputError(f"{path} is damaged ({first_line(error)}): restore it, or delete "
                          "it and the results beside it") from error
