@@ -325,7 +325,7 @@ class Sets:
     def __init__(self, run):
         self.run = run
         self.mkdt = read_distilled(run.set_dir / "distilled.pt", run.s.device)
-        self.order = load(run.set_dir / "init.pt")["order"]
+        self.by_loss = load(run.set_dir / "init.pt")["order"]
         self.real_id = checksum(run.data.id, run.targets, len(self.mkdt.images))
         self.load_set = cache(self.load_set)
 
@@ -355,9 +355,9 @@ class Sets:
         if kind == "full":
             return PretrainingSet(run.data.train_images, run.targets, None, self.real_id)
         if kind == "high_loss":
-            if self.order is None:
+            if self.by_loss is None:
                 raise InputError(f"high_loss needs a teacher, which {run.s.objective} lacks")
-            return self.real_subset(self.order)
+            return self.real_subset(self.by_loss)
         if kind == "subset":
             total = len(run.data.train_images)
             order = read_indices(set_name.argument, total)
@@ -459,7 +459,7 @@ class Table:
             encoder(architecture, run.out_dim, run.data.image_size)
         self.sets = Sets(run)
         texts = flags.sets or [text for text in DEFAULT_SETS
-                               if self.sets.order is not None or "high_loss" not in text]
+                               if self.sets.by_loss is not None or "high_loss" not in text]
         set_names = [parse_set(text) for text in texts]
         self.rows = [set_name.row for set_name in set_names]
         if len(set(self.rows)) < len(self.rows):

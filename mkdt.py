@@ -340,13 +340,13 @@ def resolve(dataset, given, image_size=32):
     defaults = {name: setting.default for name, setting in ALL_SETTINGS.items()}
     percent = {**defaults, **DATASETS[known], **given}["percent"]
     published = [p for name, p in TABLES_8_AND_9 if name == known]
-    row = min(published, key=lambda p: abs(p - percent))
+    nearest = min(published, key=lambda p: abs(p - percent))
     if known != dataset:
-        print(f"there are no settings for {dataset}: using those for {known} at {row}%")
+        print(f"there are no settings for {dataset}: using those for {known} at {nearest}%")
     elif percent not in published:
-        print(f"there are no settings for {percent:g}% of {known}: using those for {row}%")
+        print(f"there are no settings for {percent:g}% of {known}: using those for {nearest}%")
     return {**defaults, **BY_LOSS.get(given.get("ssl"), {}), **DATASETS[known],
-            **dict(zip(ROW, TABLES_8_AND_9[known, row])),
+            **dict(zip(ROW, TABLES_8_AND_9[known, nearest])),
             **BY_LOSS.get(given.get("objective"), {}), **given}
 
 def check_settings(given):
