@@ -2778,6 +2778,23 @@ def test_cells_are_kept_and_those_that_lack_are_made_again(copied, capsys):
     assert "results.csv is not as this program writes it" in refused(capsys, judge, copied)
 
 
+def test_the_rows_of_a_table():
+    """The best mean apart from full is bold; the paper's mean and the paired difference follow."""
+    scores = {"none": (10, 12), "mkdt": (20, 24), "full": (90, 90)}
+    lines = []
+    for row, accuracies in scores.items():
+        for seed, accuracy in enumerate(accuracies):
+            key = (row, "convnet, linear, 1 epochs", "shapes", "5", str(seed))
+            lines.append(evaluation.Line(*key, "0.1", str(accuracy), "0.5", ""))
+    table = argparse.Namespace(rows=list(scores), tasks=["shapes"], paired="mkdt")
+    paper = {("5", "none", "shapes"): "9.90"}
+    assert list(evaluation.table_rows(table, lines, paper)) == [
+        ["5%", "none", "0.1", "2", "11.00 ± 1.41", "9.90", "+11.00", "0.5000"],
+        ["5%", "mkdt", "0.1", "2", "**22.00** ± 2.83", "", "", "0.5000"],
+        ["5%", "full", "0.1", "2", "90.00 ± 0.00", "", "-68.00", "0.5000"],
+    ]
+
+
 def test_lines_of_another_process_are_kept(copied, monkeypatch):
     """Two processes may evaluate one set at a time: each adds its lines to results.csv."""
     path, compute = copied / "run" / SET / "results.csv", evaluation.compute
