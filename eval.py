@@ -740,7 +740,7 @@ def parse(argv=None):
         help=f"what to pre-train on, see below (default: {' '.join(DEFAULT_SETS)})")
     add("--tasks", nargs="+", metavar="DATASET",
         help="what to probe on; all: the seven of Table 1 (default: the run's own data set)")
-    add("--labels", nargs="+", type=float, metavar="P", help="percent (default: 1 5, finetune 100)")
+    add("--labels", nargs="+", type=float, metavar="PERCENT", help="(default: 1 5; finetune: 100)")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2], help="(default: 0 1 2)")
     add("--encoders", nargs="+", metavar="NAME",
         help="resnet18:16, torchvision:vgg11_bn, ... (default: the student; finetune: convnet_bn)")
