@@ -426,7 +426,7 @@ def share(n, percent, flag):
     """How many images `percent` of n is. Raises InputError unless that is 1 to n."""
     count = math.floor(n * percent / 100 + 1e-9)
     if not 1 <= count <= n:
-        raise InputError(f"{flag} {percent:g} is {count} of {n} images: give 1 to {n} images")
+        raise InputError(f"{flag} {percent:g} is {count} of {n} images: it must be 1 to {n} images")
     return count
 
 # ---- Pictures and folders of them -------------------------------------------------------------
@@ -503,7 +503,7 @@ def read_folder(folder, files, size):
         if label >= 0 or not names:
             splits[path.parts[0]].append((folder / path, label))
     if not splits["train"]:
-        raise InputError(f"{folder}: no images in train/, or none in the class folders there")
+        raise InputError(f"{folder}: no images in train/ (if there are classes, in train/<class>/)")
     notes = []
     loose = len(files) - len(splits["train"]) - len(splits["test"])
     if loose:

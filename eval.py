@@ -5,7 +5,7 @@
 
 A set may be given a name, sas=subset:sas.pkl, by which the paper's means are found, and a learning
 rate for pre-training: random@0.3, or random@mkdt for the learned one.
-A seed fixes the encoder's initial weights, the batches and the labels alike for every set."""
+A seed fixes the encoder's initial weights, the batches and the labels, the same for every set."""
 import argparse
 import copy
 import csv
@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch.optim import SGD, Adam
 
 from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_flags, barrier,
-                  checksum, command_line, first_line, load, load_dataset,
-                  rank_0_first, save, save_text, share, shift_and_flip, start)
+                  checksum, command_line, first_line, load, load_dataset, rank_0_first, save,
+                  save_text, share, shift_and_flip, start)
 from models import (OBJECTIVES, SSL, Compiled, Examples, Run, augmentations_of_normalized, batches,
                     build, encode, encoder, flat_parameters, mean_loss, read_config,
                     set_learning_rate, stream, student_name, teacher_network, two_projections)
@@ -702,7 +702,7 @@ def mean_and_deviation(scores, best):
     return text
 
 def paired_difference(ours, theirs):
-    """Mean difference by seed of two {seed: accuracy}, ± standard error from three on; or ""."""
+    """Mean of ours - theirs over common seeds, ± its standard error from three on; "" if none."""
     differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     if ours is theirs or not differences:
         return ""

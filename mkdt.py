@@ -31,8 +31,8 @@ import torch
 from torchvision.utils import make_grid, save_image
 
 from data import (RANK, RANKS, Diverged, InputError, Log, Progress, add_common_flags, barrier,
-                  checksum, command_line, first_line, load, load_dataset,
-                  rows_of_all_ranks, save, save_text, share, start, sum_over_ranks, whole_file)
+                  checksum, command_line, first_line, load, load_dataset, rows_of_all_ranks, save,
+                  save_text, share, start, sum_over_ranks, whole_file)
 from eval import evaluate, linear_scores
 from models import (OBJECTIVES, SSL, Compiled, Examples, Run, batches, build, encode, encoder,
                     flat_parameters, functional, mean_loss, read_config, set_learning_rate, stream,
@@ -117,7 +117,7 @@ def subset(data, targets, chosen):
     """(normalised images [n, 3, H, W], their targets) of the indices `chosen`."""
     return data.normalize(data.train_images[chosen]), targets[chosen]
 
-# --init: (data, Z_T or labels, indices by loss (None without Z_T), count, rng) -> as of `subset`.
+# By --init: (data, Z_T or labels, indices by loss or None, count, rng) -> what `subset` returns.
 STARTS = {"high_loss": high_loss, "random": random_images}
 
 # ---- 4. Distillation (Algorithm 1, lines 4 - 19; Eq. 4 and 8) ---------------------------------
@@ -237,7 +237,7 @@ def distill(inner, experts, syn, optimizer, targets_of, s, progress):
         progress(iteration + 1, loss=loss / RANKS, lr=syn.lr.clone(), bounded=bounded, moved=moved)
 
 # ---- Settings: each is a flag of the command line and is kept in config.json -------------------
-# The defaults are the paper's for CIFAR-10 at 2%, but for expert_epochs (there 20), clip (none).
+# The defaults are the paper's for CIFAR-10 at 2%, except expert_epochs (20 there) and clip (none).
 class Setting(NamedTuple):
     default: object
     help: str
@@ -260,8 +260,7 @@ SETTINGS = {
         "teacher_lr": Setting(0.01, "peak learning rate of Adam (simclr: 0.001, constant)"),
         "teacher_decay": Setting(1e-6, "weight decay of Adam"),
         "lambd": Setting(1 / 128, "lambda, the weight of Eq. 1's off-diagonals", not_for="simclr"),
-        "temperature": Setting(0.5, "temperature of SimCLR's loss, the teacher's only", 1e-6,
-                               not_for="barlow"),
+        "temperature": Setting(0.5, "temperature of the teacher's SimCLR", 1e-6, not_for="barlow"),
         "crop_scale": Setting(0.08, "smallest share of an image that a random crop keeps", 1e-6, 1),
         "grey": Setting(0.2, "probability that a view is made grey", 0, 1),
         "max_pool": Setting(0, "1: the teacher's stem ends in max-pooling (TinyImageNet)", 0, 1),
@@ -280,7 +279,7 @@ SETTINGS = {
         "same_start": Setting(0, "1: all experts begin with the same weights (Figure 1)", 0, 1),
     },
     "init": {
-        "experts": Setting(100, "K, the number of expert trajectories; more: another --name", 1),
+        "experts": Setting(100, "K, expert trajectories; another K needs another --name", 1),
         "init": Setting("high_loss", "the initial images", choices=STARTS),
         "percent": Setting(2.0, "size of the distilled set, in percent of the images", 0, 100),
     },
@@ -333,7 +332,7 @@ BY_LOSS = {                                # by --ssl, and by --objective
 }
 
 def resolve(dataset, given, image_size=32):
-    """All settings of a run, {name: value}. Prints what was chosen where the paper has none."""
+    """All settings of a run, {name: value}. Prints what was chosen where the paper names none."""
     known = dataset
     if dataset not in DATASETS:
         known = "tinyimagenet" if image_size >= 64 else "cifar10"
@@ -524,6 +523,8 @@ def distill_stage(run):
               f"{s.syn_lr_lr:g}), or bound the steps with --clip (now {s.clip:g}).")
     progress = Progress("distill", s.iterations, run.log, run.set_dir / "distill_checkpoint.pt",
                         advice, 1000, keep, images=syn.images, lr=syn.lr, optimizer=optimizer)
+    if progress.first_step > s.iterations:
+        print(f"distill: the set has {progress.first_step} iterations, not {s.iterations}")
     targets_of = Examples(syn.images, syn.targets, data, s).y
     distill(inner, experts, syn, optimizer, targets_of, s, progress)
     pairs = torch.cat([syn.initial[:10], syn.images[:10]])     # ten images, before and after
@@ -747,8 +748,7 @@ def draw_plot(path, panels):
         for name, points in systems.items():
             colour = f"C{list(FIGURE_1).index(name)}"          # the same in all panels
             axes.plot(*zip(*points), label=name, color=colour)
-        axes.set(title=panel, xlabel="epoch, iteration",
-                 yscale="linear" if panel == "loss" else "log")
+        axes.set(title=panel, xlabel="epoch or step", yscale="linear" if panel == "loss" else "log")
         axes.legend(fontsize="small")
     with whole_file(path) as file:
         figure.savefig(file, format="png", dpi=120)
@@ -766,7 +766,7 @@ def parse(argv=None):
         "with train/ and test/ inside, or an .npz file (default: cifar10)")
     add("--run-dir", help="where results go (default: runs/DATASET)")
     add("--name", help="the distilled set's folder in it (default: 2pct_high_loss or the like)")
-    add("--seed", type=int, default=0, help="of all stages but eval (default: 0)")
+    add("--seed", type=int, default=0, help="fixes the draws of all stages but eval (default: 0)")
     add("--log-seconds", type=float, default=10.0, help="between progress lines (default: 10)")
     add("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints (default: 5)")
     add_common_flags(parser)

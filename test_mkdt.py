@@ -2312,6 +2312,10 @@ def test_more_iterations_and_seeds_extend(copied, capsys):
     judge(copied, "--sets", "random", "mkdt", "--seeds", 0, 5, "--labels", 5)
     assert len(lines(copied)) == len(kept) + 2 and lines(copied)[: len(kept)] == kept
     assert before <= {str(x) for x in lines(copied)}
+    (copied / "run" / SET / "distilled.pt").unlink()
+    run(*at(copied), *TINY, "--iterations", "3", "--stage", "distill")  # fewer than were done
+    assert "distill: the set has 4 iterations, not 3" in capsys.readouterr().out
+    assert data.load(copied / "run" / SET / "distilled.pt")["iterations"] == 4
 
 
 def test_snapshots_are_kept_every_thousand_iterations(copied, monkeypatch):
